@@ -1,0 +1,61 @@
+# The course's commands; all they need is Python 3.11 or newer. `make` alone lists them.
+#
+#   PYTHON=python3.12      the interpreter for .venv, if `python3` is not the right one
+#   TORCH_INDEX=URL        one more package index. On Linux PyPI's torch brings gigabytes of CUDA; the build for CPUs is at
+#                          https://download.pytorch.org/whl/cpu
+#   LESSON="00 03"         the lessons for `make course` and `make outputs` (default: all)
+#   PROFILE=gpu            laptop (default), smoke or gpu, for `make course`
+# On Windows use WSL, or conda with environment.yml and the commands below each target.
+
+PYTHON  ?= python3
+PROFILE ?= laptop
+BIN     := .venv/bin
+READY   := .venv/lorakit-is-installed
+LESSONS  = $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+INDEX    = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# what lorakit gives its kernels (lorakit/execute.py), for JupyterLab and nbval
+export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONHASHSEED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help start course lab test quick lint outputs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+start: $(READY) ## set up, then run lesson 00: a language model learns to write SQL
+	@$(BIN)/lorakit run 00
+
+course: $(READY) ## run all lessons in order and print a table of their results
+	@$(BIN)/lorakit run $(LESSON) --profile $(PROFILE)
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+test: lint ## all tests: the package, the lessons with the smoke profile, and their committed outputs
+	@$(BIN)/python -m pytest tests $(LESSONS) --nbval --nbval-current-env --nbval-cell-timeout 1200
+
+quick: $(READY) ## the tests that need neither notebooks nor the base model, in less than two minutes
+	@$(BIN)/python -m pytest tests -m "not slow"
+
+lint: $(READY) ## check style and format, notebooks included
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+
+outputs: $(READY) ## run the lessons and refresh the outputs that are committed with them
+	@$(BIN)/lorakit run $(LESSON) --in-place
+
+clean: ## remove what the commands above made, except .venv
+	@rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis
+	@find lorakit tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# The mark is made last, so that a setup that was interrupted starts again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: Python 3.11 or newer is needed as '$(PYTHON)'; name another: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up .venv (about 2 minutes, 2 GB) ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { \
+		echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs: sudo apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,29 @@
+"""lorakit: LoRA from the formula up. Small, exact, tested layers, and the helpers that a fine-tuning needs."""
+
+from lorakit.adapter import load_adapter, save_adapter
+from lorakit.adapter_files import AdapterError
+from lorakit.generate import exact_match, greedy
+from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
+from lorakit.lora import LoRALinear
+from lorakit.train import Example, History, encode, fit
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdapterError",
+    "Count",
+    "Example",
+    "History",
+    "LoRALinear",
+    "adapters",
+    "count",
+    "encode",
+    "exact_match",
+    "find_targets",
+    "fit",
+    "greedy",
+    "inject",
+    "load_adapter",
+    "merge",
+    "remove",
+    "save_adapter",
+]

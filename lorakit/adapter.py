@@ -1,0 +1,188 @@
+"""Save and load adapters in PEFT's own file format, so that either library reads what the other wrote."""
+
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter_files import AdapterError, read_adapter, write_adapter
+from lorakit.inject import Count, adapters, count, linear_layers, wrap
+from lorakit.lora import SCALINGS, LoRALinear, is_conv1d, linear_shape
+
+PREFIX = "base_model.model."  # PEFT's wrapper and the model inside it
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
+    """Writes the adapters of a model as PEFT would, each file atomically.
+
+    Args:
+        model: a model with LoRALinear layers; ranks and scales may differ between layers. A scaling rule of the
+            reader's own is written as the alpha that gives the same scale.
+        folder: made if missing; other files in it are kept.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: no adapters, adapters that are not LoRALinear, values that are not finite, or further trainable
+            parameters, which the files could not hold.
+    """
+    layers = adapters(model)
+    if not layers:
+        raise ValueError("expected a model with adapters, got a plain one")
+    for name, layer in layers.items():
+        if type(layer) is not LoRALinear:
+            raise ValueError(f"expected LoRALinear layers, got {type(layer).__name__} for layer {name!r}")
+    inside = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if lost:
+        raise ValueError(f"expected only adapters to be trainable, got also {', '.join(lost[:4])}: they would be lost")
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.B.detach().cpu().contiguous()
+    write_adapter(Path(folder), tensors, _config(model, layers))
+    return Path(folder)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> Count:
+    """Puts a saved adapter, written by `save_adapter` or by PEFT as plain LoRA or rsLoRA, into a model.
+
+    A plain model is injected and its other parameters are frozen. A model that already carries adapters of the same
+    layers, ranks and scales gets the file's values in place, so that an optimiser keeps its parameters.
+
+    Args:
+        model: the base model, or the base model with matching adapters.
+        folder: holds `adapter_model.safetensors` and `adapter_config.json`.
+
+    Returns:
+        how many parameters train, and of how many.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        AdapterError: the files are damaged (truncated, altered, not finite), name a method other than plain LoRA, or do
+            not fit the model. The model is untouched.
+    """
+    tensors, config = read_adapter(Path(folder))
+    present = adapters(model)
+    bases = {n: a.base for n, a in present.items()} if present else linear_layers(model)
+    settings = _settings(tensors, config, bases)
+    scaling = "rslora" if config.get("use_rslora") else "lora"
+    if present:
+        for name, layer in present.items():
+            rank, alpha = settings[name]
+            if layer.rank != rank or not math.isclose(layer.scale, SCALINGS[scaling](alpha, rank)):
+                raise AdapterError(
+                    f"expected rank {layer.rank} and scale {layer.scale:g} for layer {name!r}, got others"
+                )
+        for name, layer in present.items():
+            _fill(layer, name, tensors)
+        return count(model)
+    dropout = config.get("lora_dropout") or 0.0
+
+    def make(name: str, base: nn.Module) -> LoRALinear:
+        rank, alpha = settings[name]
+        return _fill(LoRALinear(base, rank, alpha, dropout, scaling), name, tensors)
+
+    return wrap(model, settings, make)
+
+
+def _fill(layer: LoRALinear, name: str, tensors: dict[str, Tensor]) -> LoRALinear:
+    with torch.no_grad():
+        layer.A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
+        layer.B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+    return layer
+
+
+def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    """The adapter_config.json of a model: the commonest rank and alpha, and a pattern for each layer that differs."""
+    rule = "rslora" if all(layer.scaling == "rslora" for layer in layers.values()) else "lora"
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: _alpha(layer, rule) for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    last = {name.rsplit(".", 1)[-1] for name in layers}
+    others = any(name.rsplit(".", 1)[-1] in last and name not in layers for name, _ in model.named_modules())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(getattr(layer.dropout, "p", 0.0) for layer in layers.values()),
+        "target_modules": sorted(layers if others else last),
+        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
+        "use_rslora": rule == "rslora",
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _alpha(layer: LoRALinear, rule: str) -> float:
+    """The alpha that gives the layer's scale under the rule that the file names."""
+    return layer.alpha if layer.scaling == rule else layer.scale * (layer.rank**0.5 if rule == "rslora" else layer.rank)
+
+
+def _settings(tensors: dict[str, Tensor], config: dict, bases: dict[str, nn.Module]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer in the file, once names, shapes and settings are seen to fit the model."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise AdapterError(
+                f"expected only lora_A and lora_B of linear layers, got {key!r}, which is not plain LoRA"
+            )
+        found.setdefault(match[1], {})[match[2]] = tensor
+    foreign = [name for name in found if name not in bases]
+    if foreign:
+        raise AdapterError(
+            f"expected layers of this model, got {foreign[0]!r} ({len(foreign)} unknown): another model's file?"
+        )
+    expected = {name for name in bases if _is_targeted(name, config)}
+    odd = sorted(expected ^ set(found)) or sorted(name for name, pair in found.items() if len(pair) < 2)
+    if odd:
+        raise AdapterError(f"expected A and B of every layer that target_modules names, got another set: {odd[0]!r}")
+    settings = {}
+    for name in (name for name in bases if name in found):
+        rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise AdapterError(f"expected an integer r and a finite lora_alpha, got {rank!r} and {alpha!r}")
+        d_out, d_in = linear_shape(bases[name])
+        for letter, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
+            got = tuple(found[name][letter].shape)
+            if got != shape or not found[name][letter].is_floating_point():
+                raise AdapterError(f"expected floats of shape {shape} for lora_{letter} of layer {name!r}, got {got}")
+        settings[name] = (rank, alpha)
+    return settings
+
+
+def _is_targeted(name: str, config: dict[str, Any]) -> bool:
+    """PEFT's rule for which layers a config adapts (`peft.tuners.tuners_utils.check_target_module_exists`)."""
+
+    def named(targets: str | list[str]) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith("." + target) for target in targets)
+
+    if not named(config.get("target_modules") or []) or named(config.get("exclude_modules") or []):
+        return False
+    indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
+    if indices in (None, []) or isinstance(config["target_modules"], str):
+        return True
+    starts = rf"(?:^|.*?\.)(?:{'|'.join([patterns] if isinstance(patterns, str) else patterns)})\.(\d+)\."
+    match = re.match(starts, name)
+    return match is not None and int(match[1]) in ([indices] if isinstance(indices, int) else indices)
+
+
+def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that the layer's name, or its last parts, match (PEFT's `get_pattern_key`)."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,93 @@
+"""The command `lorakit`: one row of COMMANDS for each subcommand, which imports what it needs when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand: its help, what declares its arguments, and what runs it and returns the exit code."""
+
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _declare_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import json
+
+    from lorakit import doctor
+
+    report = doctor.examine()
+    print(json.dumps(report, indent=2) if args.json else doctor.render(report))
+    return 1 if report["missing"] else 0
+
+
+def _declare_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", default="smollm2", help="a model's short name (default: %(default)s)")
+    parser.add_argument("--verify", action="store_true", help="compare the checksum of every cached file")
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from lorakit import fetch
+
+    print(fetch.fetch_model(args.name, verify=args.verify))
+    return 0
+
+
+def _declare_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("lessons", nargs="*", metavar="LESSON", help="number or name (default: all, in order)")
+    parser.add_argument("--profile", default="laptop", help="laptop, smoke or gpu (default: %(default)s)")
+    parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="set a parameter of the lessons; the value is read as YAML")  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder for executed copies (default: %(default)s)"
+    )
+    parser.add_argument("--in-place", action="store_true", help="refresh the lessons' own outputs instead of copying")
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.in_place and (args.parameters or args.profile != "laptop"):
+        raise ValueError("expected --in-place without -p and with the laptop profile, which the lessons' defaults are")
+    from lorakit import lessons
+
+    if args.in_place:
+        results = lessons.refresh(lessons.select_lessons(args.lessons, lessons.find_notebooks()))
+    else:
+        overrides = {name: lessons.read_yaml(value) for name, value in args.parameters}
+        results = lessons.run_lessons(args.lessons, args.profile, overrides, args.out)
+    return 1 if any(result.error for result in results) else 0
+
+
+COMMANDS = {
+    "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
+    "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
+    "run": Command("run lessons and keep the executed notebooks", _declare_run, _run),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `lorakit argv...` and returns its exit code: 0 well, 1 something failed, 2 wrongly called, 130 stopped."""
+    parser = argparse.ArgumentParser(prog="lorakit", description="LoRA from the formula up: the course's command")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.declare(subparsers.add_parser(name, help=command.help, description=command.help))
+    args = parser.parse_args(argv)
+    try:
+        return COMMANDS[args.command].run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"lorakit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlorakit: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

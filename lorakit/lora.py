@@ -1,0 +1,116 @@
+"""LoRA: a frozen linear layer plus a trainable product of two thin matrices (Hu et al. 2021, arXiv:2106.09685)."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "lora": lambda alpha, rank: alpha / rank,  # Hu et al. 2021, section 4.1
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023, arXiv:2312.03732
+}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for GPT-2's `Conv1D`, a linear layer that stores its weight as (d_in, d_out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """The (d_out, d_in) of a linear-like module: `nn.Linear`, its quantised relatives, or GPT-2's `Conv1D`.
+
+    Raises:
+        ValueError: the module is not linear-like, or other code reads its weight past its `forward`.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise ValueError("expected a linear layer that is called, got nn.MultiheadAttention's out_proj, which is not")
+    if is_conv1d(module):
+        d_in, d_out = module.weight.shape
+        return d_out, d_in
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    raise ValueError(f"expected a linear-like module (in_features, out_features), got {type(module).__name__}")
+
+
+class LoRALinear(nn.Module):
+    """Adds a low-rank update to a frozen linear layer: `y = base(x) + s B A dropout(x)`.
+
+    `A` starts uniform in ±1/sqrt(d_in) (as in PEFT and loralib) and `B` at zero, so the output is at first the base's.
+    Both are float32, or float64 on a float64 base: small updates are lost in bfloat16.
+
+    Args:
+        base: the layer to adapt, (d_in) -> (d_out), with or without bias; it is frozen, not copied.
+        rank: inner dimension r >= 1.
+        alpha: numerator of the scale s.
+        dropout: probability in [0, 1) of zeroing an input of A during training (never of the base).
+        scaling: `"lora"` for s = alpha / r, `"rslora"` for s = alpha / sqrt(r), or a function (alpha, rank) -> s.
+
+    Raises:
+        ValueError: rank, alpha, dropout or scaling out of range, or a base that is not linear-like.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, scaling="lora"):
+        super().__init__()
+        if isinstance(base, LoRALinear):
+            raise ValueError("expected a plain linear layer, got a LoRALinear: it is adapted already")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
+        if isinstance(scaling, str) and scaling not in SCALINGS:
+            raise ValueError(f"expected scaling in {sorted(SCALINGS)} or a function (alpha, rank), got {scaling!r}")
+        d_out, d_in = linear_shape(base)
+        self.rank, self.alpha, self.scaling = rank, alpha, scaling
+        self.scale = float((SCALINGS[scaling] if isinstance(scaling, str) else scaling)(alpha, rank))
+        if not math.isfinite(self.scale):
+            raise ValueError(f"expected a finite scale, got {self.scale} from alpha {alpha!r}")
+        self.base = base.requires_grad_(False)
+        like = next(iter([*base.parameters(), *base.buffers()]))
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=like.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.train(base.training)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        y = self.base(x)  # (*batch, d_out)
+        xa = F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (*batch, rank)
+        return (y + self.scale * F.linear(xa, self.B)).to(y.dtype)  # (*batch, d_out)
+
+    def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """The update `s B A` that training has learned, in the adapter's dtype."""
+        return self.scale * (self.B @ self.A)  # (d_out, d_in)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """A copy of the base with weight `W + s B A`, summed in the adapter's dtype and rounded once to the base's.
+
+        Raises:
+            ValueError: the base's weight is quantised; dequantise it first.
+        """
+        if not self.base.weight.is_floating_point():
+            raise ValueError(
+                f"expected a floating-point base, got {type(self.base).__name__} ({self.base.weight.dtype})"
+            )
+        delta = self.delta_weight().T if is_conv1d(self.base) else self.delta_weight()  # as the base stores its weight
+        plain = copy.deepcopy(self.base)
+        plain.weight.copy_(plain.weight.to(delta.dtype) + delta)
+        return plain.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's frozen weight, for model code that asks a layer for its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's frozen bias."""
+        return getattr(self.base, "bias", None)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, scale={self.scale:g}"

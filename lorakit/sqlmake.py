@@ -1,0 +1,159 @@
+"""Makes every question of the text-to-SQL task, and the rows it is asked about, out of `sqlwords`."""
+
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+
+from lorakit import sqlwords as words
+from lorakit.sqlrun import Database, Table
+
+POPULATIONS = 3  # databases a table
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with its query; `shape`, `template` and `table` say how it was made."""
+
+    question: str
+    answer: str
+    schema: str
+    table: str
+    shape: str
+    template: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads: one user turn with the schema and the question, then the opened assistant turn."""
+        return f"<|im_start|>user\n{self.schema}\n{self.question}<|im_end|>\n<|im_start|>assistant\n"
+
+    @property
+    def completion(self) -> str:
+        """What the model must write: the query and the end of the turn."""
+        return f"{self.answer}<|im_end|>"
+
+
+def shuffled(things: Iterable, rng: random.Random) -> list:
+    """A random order from `rng.random()` alone, whose stream is the same in all versions of Python."""
+    return sorted(things, key=lambda _: rng.random())
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known names that look like `name`, or all of them."""
+    known = list(known)
+    return f"got {name!r}; near: {', '.join(get_close_matches(name, known) or known)}"
+
+
+def _columns(table: str, kind: type) -> list[str]:
+    return [column for column, domain in words.TABLES[table].items() if isinstance(domain, kind)]
+
+
+def _is_held_out(number: int) -> bool:
+    return number % 5 == words.HELD_OUT_REMAINDER
+
+
+@cache
+def _values(table: str, column: str, held_out: bool) -> tuple:
+    """The words (8, or 4 held out) or thresholds (the same numbers) that questions about this column use."""
+    domain = words.TABLES[table][column]
+    if isinstance(domain, tuple):
+        return domain[8:] if held_out else domain[:8]
+    margin = len(domain) // 6  # rows of every population lie in the margins, so that no comparison comes out empty
+    inner = [number for number in domain[margin:-margin] if _is_held_out(number) == held_out]
+    return tuple(shuffled(inner, random.Random(f"{table}/{column}/{held_out}"))[: 4 if held_out else 8])
+
+
+# Slot -> its possible fillings, given the slots above it and whether values are the held-out ones.
+FILLINGS: dict[str, Callable[[dict, bool], Iterable]] = {
+    "text": lambda chosen, held_out: _columns(chosen["table"], tuple),
+    "number": lambda chosen, held_out: _columns(chosen["table"], range),
+    "column": lambda chosen, held_out: [c for c in words.TABLES[chosen["table"]] if c not in chosen.values()],
+    "value": lambda chosen, held_out: _values(chosen["table"], chosen["text"], held_out),
+    "bound": lambda chosen, held_out: _values(chosen["table"], chosen["number"], held_out),
+    "limit": lambda chosen, held_out: [n for n in words.LIMITS if _is_held_out(n) == held_out],
+    "comparison": lambda chosen, held_out: words.COMPARISONS,
+    "than": lambda chosen, held_out: words.COMPARISONS[chosen["comparison"]],
+    "function": lambda chosen, held_out: words.FUNCTIONS,
+    "stat": lambda chosen, held_out: words.FUNCTIONS[chosen["function"]],
+}
+
+
+def _filled(shape: words.Shape, template: str, table: str, held_out: bool) -> Iterator[Item]:
+    """All questions that one phrasing can ask about one table."""
+    slots = set(re.findall(r"{(\w+)}", shape.sql + template))
+    choices = [{"table": table}]
+    for slot, fillings in FILLINGS.items():
+        if slot in slots:
+            choices = [{**chosen, slot: filling} for chosen in choices for filling in fillings(chosen, held_out)]
+    schema = f"{table}({', '.join(words.TABLES[table])})"
+    for chosen in choices:
+        question = template.format(**chosen)
+        yield Item(question, shape.sql.format(**chosen), schema, table, shape.name, template)
+
+
+@cache
+def questions(split: str) -> tuple[Item, ...]:
+    """All questions of a split. A checksum of the prompt deals out those that train and iid could share."""
+    unseen = split == "tables"
+    items = [
+        item
+        for shape in words.SHAPES
+        if split != "values" or re.search(r"{(value|bound|limit)}", shape.sql)
+        for template in (shape.held_out if split == "phrasings" else shape.train)
+        for table in words.TABLES
+        if (table in words.UNSEEN_TABLES) == unseen
+        for item in _filled(shape, template, table, held_out=split == "values")
+    ]
+    if split in ("train", "iid"):
+        items = [item for item in items if (zlib.crc32(item.prompt.encode()) % 4 == 0) == (split == "iid")]
+    return tuple(items)
+
+
+def _column_rows(table: str, column: str, population: int) -> list[str | int]:
+    """One column of one population, in random order.
+
+    Word i occurs 1 to 3 times: once more than digit number `population` of i in base 3. So all words have rows
+    everywhere, and no two words have the same three counts. Numbers never repeat, so that a ranking has no ties.
+    """
+    rng = random.Random(f"{table}/{column}/{population}")
+    counts = [1 + i // 3**population % 3 for i in range(12)]
+    domain = words.TABLES[table][column]
+    if isinstance(domain, tuple):
+        return shuffled([word for word, count in zip(domain, counts, strict=True) for _ in range(count)], rng)
+    margin = len(domain) // 6
+    bounds = _values(table, column, False) + _values(table, column, True)
+    ends = [shuffled(end, rng)[:2] for end in (domain[:margin], domain[-margin:])]
+    numbers = dict.fromkeys([*ends[0], *ends[1], *bounds[population::POPULATIONS], *shuffled(domain, rng)])
+    return shuffled(list(numbers)[: sum(counts)], rng)
+
+
+@cache
+def _populations(table: str) -> tuple[Database, ...]:
+    domains = words.TABLES[table]
+    columns = tuple((name, "TEXT" if isinstance(domain, tuple) else "INTEGER") for name, domain in domains.items())
+    rows = [zip(*(_column_rows(table, name, p) for name in domains), strict=True) for p in range(POPULATIONS)]
+    return tuple(Database((Table(table, columns, tuple(population)),)) for population in rows)
+
+
+def populations(table: str) -> list[Database]:
+    """The databases on which queries about one of the task's tables are compared.
+
+    There are three with other rows, since on a single one a wrong query often gives the right rows by accident.
+
+    Args:
+        table: name of a table of the task.
+
+    Returns:
+        Three databases of 24, 21 and 15 rows.
+
+    Raises:
+        ValueError: no such table.
+
+    Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
+    """
+    if table not in words.TABLES:
+        raise ValueError(f"expected a table of the SQL task, {near_names(table, words.TABLES)}")
+    return list(_populations(table))

@@ -1,0 +1,237 @@
+"""What the text-to-SQL task talks about: tables, values, query shapes and phrasings. Data only; `sql.py` combines it.
+
+A harder level is one more `Shape`: two conditions, say, are the SQL
+``SELECT {column} FROM {table} WHERE {text} = '{value}' AND {number} {comparison} {bound}`` and its phrasings.
+"""
+
+from dataclasses import dataclass
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PEOPLE = _words("Anna Ben Carla David Emma Felix Grace Hugo Ivan Julia Karim Laura")
+SURNAMES = _words("Adams Baker Clark Dixon Evans Foster Garcia Hughes Irving Jensen Kumar Lopez")
+CITIES = _words("Oslo Rome Paris Lima Cairo Tokyo Delhi Berlin Madrid Dublin Seoul Vienna")
+DEPARTMENTS = _words("Sales Legal Finance Support Research Design Security Marketing Payroll Training Quality Press")
+BOOKS = _words("Dawn Ashes Voyage Mirror Harvest Orchard Silence Lantern Thunder Compass Island Winter")
+FILMS = _words("Gravity Phantom Runaway Outlaw Comet Stranger Vertigo Avalanche Mirage Castaway Eclipse Rebel")
+TEAMS = _words("Lions Tigers Bears Eagles Sharks Wolves Hawks Bulls Rockets Pirates Kings Giants")
+CARS = _words("Polo Golf Civic Corolla Focus Fiesta Panda Astra Clio Swift Leaf Mustang")
+BRANDS = _words("Toyota Honda Ford Fiat Opel Renault Nissan Volvo Mazda Skoda Tesla Audi")
+AIRLINES = _words("Delta United Iberia Qantas Emirates Finnair Swiss Ryanair Condor Avianca Garuda Luxair")
+COURSES = _words("Algebra History Biology Physics Music Drama Latin Chemistry Geography Logic Ethics Poetry")
+HOTELS = _words("Plaza Ritz Savoy Astoria Palace Bellevue Central Royal Metropol Excelsior Riviera Regent")
+SONGS = _words("Hello Yesterday Imagine Angie Jolene Valerie Roxanne Fever Crazy Respect Halo Umbrella")
+
+DISHES = _words("Soup Pizza Curry Salad Stew Pasta Tacos Risotto Omelette Pie Sushi Burger")
+CUISINES = _words("Thai Greek French Indian Mexican Korean Turkish Spanish Lebanese Polish Chinese Cuban")
+RIVERS = _words("Nile Danube Rhine Volga Thames Ganges Amazon Mekong Niger Loire Elbe Tagus")
+COUNTRIES = _words("Egypt Austria Brazil Canada Kenya Norway Peru Japan Chad Italy Chile Ghana")
+SPECIES = _words("Otter Zebra Panther Camel Falcon Beaver Badger Hyena Lynx Moose Puma Gecko")
+HABITATS = _words("Desert Forest Swamp Tundra Savanna Jungle Mountain Coast Meadow Reef Steppe Cave")
+PHONES = _words("Pixel Galaxy Xperia Nova Lumia Spark Redmi Moto Edge Prime Zoom Flip")
+MAKERS = _words("Nokia Sony Google Samsung Huawei Xiaomi Lenovo Apple Asus Oppo Vivo Siemens")
+
+# Column -> its words (a text column) or its range (a column of whole numbers). Of twelve words the last four, and of
+# all numbers those that leave HELD_OUT_REMAINDER after division by five, occur in no training question.
+TABLES: dict[str, dict[str, tuple[str, ...] | range]] = {
+    "orders": {"customer": PEOPLE, "city": CITIES, "price": range(20, 900), "qty": range(1, 90)},
+    "employees": {"name": PEOPLE, "department": DEPARTMENTS, "salary": range(900, 5000), "age": range(18, 80)},
+    "books": {"title": BOOKS, "author": SURNAMES, "pages": range(80, 900), "year": range(1900, 2020)},
+    "movies": {"film": FILMS, "director": SURNAMES, "minutes": range(60, 240), "budget": range(5, 300)},
+    "players": {"player": PEOPLE, "team": TEAMS, "goals": range(0, 99), "games": range(10, 400)},
+    "cars": {"model": CARS, "brand": BRANDS, "power": range(40, 400), "mileage": range(1000, 9000)},
+    "flights": {"airline": AIRLINES, "destination": CITIES, "distance": range(200, 9000), "seats": range(40, 500)},
+    "students": {"student": PEOPLE, "course": COURSES, "score": range(0, 100), "credits": range(10, 240)},
+    "hotels": {"hotel": HOTELS, "town": CITIES, "rooms": range(10, 400), "rate": range(40, 600)},
+    "songs": {"song": SONGS, "artist": SURNAMES, "seconds": range(90, 500), "plays": range(100, 9000)},
+    "recipes": {"dish": DISHES, "cuisine": CUISINES, "calories": range(100, 900), "servings": range(1, 60)},
+    "rivers": {"river": RIVERS, "country": COUNTRIES, "length": range(200, 7000), "depth": range(2, 120)},
+    "animals": {"species": SPECIES, "habitat": HABITATS, "weight": range(1, 900), "lifespan": range(2, 70)},
+    "phones": {"phone": PHONES, "maker": MAKERS, "battery": range(900, 7000), "storage": range(16, 512)},
+}
+UNSEEN_TABLES = ("recipes", "rivers", "animals", "phones")
+LIMITS = (2, 3, 4, 5, 6, 7, 8, 9, 10)
+HELD_OUT_REMAINDER = 3
+
+# SQL -> the words for it in a question
+COMPARISONS = {">": ("over", "above", "more than"), "<": ("under", "below", "less than")}
+FUNCTIONS = {
+    "AVG": ("average", "mean"),
+    "SUM": ("total", "combined"),
+    "MAX": ("highest", "maximum"),
+    "MIN": ("lowest", "minimum"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of query: its SQL, the phrasings used in training, and those that only the phrasings split uses.
+
+    The names in braces are slots: {table}, {column} (one to show), {text} and {value} (a text column and one of its
+    words), {number} and {bound} (a numeric column and a threshold), {limit} (a number of rows), {comparison} with its
+    words {than}, {function} with its words {stat}.
+    """
+
+    name: str
+    sql: str
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+SHAPES = (
+    Shape(
+        "where_text",
+        "SELECT {column} FROM {table} WHERE {text} = '{value}'",
+        train=(
+            "Show the {column} of {table} where {text} is {value}.",
+            "List the {column} for {table} with {text} {value}.",
+            "What is the {column} of the {table} whose {text} is {value}?",
+            "Which {column} go with {text} {value}?",
+            "Give me the {column} of every row with {value} as {text}.",
+            "{column} of {table} with {text} equal to {value}.",
+            "Find the {table} with {text} {value} and show their {column}.",
+            "For {text} {value}, list the {column}.",
+        ),
+        held_out=(
+            "Look up {column} wherever {value} is the {text}.",
+            "I only care about {text} {value}: print each {column}.",
+            "{table} having {value} under {text}, what {column} do they have?",
+        ),
+    ),
+    Shape(
+        "where_number",
+        "SELECT {column} FROM {table} WHERE {number} {comparison} {bound}",
+        train=(
+            "Show the {column} of {table} where {number} is {than} {bound}.",
+            "List the {column} for {table} with {number} {than} {bound}.",
+            "What is the {column} of the {table} whose {number} is {than} {bound}?",
+            "Which {column} have {number} {than} {bound}?",
+            "Give me the {column} of every row with {number} {than} {bound}.",
+            "{column} of {table} with {than} {bound} {number}.",
+            "Find the {table} with {number} {than} {bound} and show their {column}.",
+            "If {number} is {than} {bound}, list the {column}.",
+        ),
+        held_out=(
+            "Look up {column} wherever {number} lies {than} {bound}.",
+            "I only care about {number} {than} {bound}: print each {column}.",
+            "{table} having {than} {bound} as {number}, what {column} do they have?",
+        ),
+    ),
+    Shape(
+        "count",
+        "SELECT COUNT(*) FROM {table}",
+        train=(
+            "How many {table} are there?",
+            "Count the {table}.",
+            "What is the number of {table}?",
+            "Number of {table}.",
+            "How many rows does {table} have?",
+            "Give me the count of all {table}.",
+            "Count all rows of {table}.",
+            "Tell me how many {table} we have.",
+        ),
+        held_out=(
+            "How large is the whole list of {table}, in rows?",
+            "Tally up every one of the {table}.",
+            "I need to know the size of {table} as a row count.",
+        ),
+    ),
+    Shape(
+        "count_where",
+        "SELECT COUNT(*) FROM {table} WHERE {text} = '{value}'",
+        train=(
+            "How many {table} have {text} {value}?",
+            "Count the {table} where {text} is {value}.",
+            "What is the number of {table} with {text} {value}?",
+            "Number of {table} whose {text} is {value}.",
+            "How many rows have {value} as {text}?",
+            "Give me the count of {table} with {text} equal to {value}.",
+            "For {text} {value}, how many {table} are there?",
+            "Tell me how many {table} go with {text} {value}.",
+        ),
+        held_out=(
+            "In how many {table} does {value} appear as the {text}?",
+            "Tally up the {table} listed under {text} {value}.",
+            "Keep only {text} {value}. What number of {table} is left?",
+        ),
+    ),
+    Shape(
+        "aggregate",
+        "SELECT {function}({number}) FROM {table}",
+        train=(
+            "What is the {stat} {number} of {table}?",
+            "Show the {stat} {number} of all {table}.",
+            "{stat} {number} of {table}.",
+            "Find the {stat} {number} in {table}.",
+            "Give me the {stat} {number} over all rows.",
+            "Compute the {stat} {number} for {table}.",
+            "What {stat} {number} do the {table} have?",
+            "Tell me the {stat} {number}.",
+        ),
+        held_out=(
+            "Looking at every one of the {table}, report the {stat} {number}.",
+            "How much is the {stat} {number} overall?",
+            "I need one figure on {table}, their {stat} {number}.",
+        ),
+    ),
+    Shape(
+        "group",
+        "SELECT {text}, {function}({number}) FROM {table} GROUP BY {text}",
+        train=(
+            "What is the {stat} {number} per {text}?",
+            "Show the {stat} {number} of {table} for each {text}.",
+            "{stat} {number} of {table} per {text}.",
+            "Find the {stat} {number} of {table} by {text}.",
+            "For each {text}, give the {stat} {number}.",
+            "Give me every {text} with its {stat} {number}.",
+            "Group {table} by {text} and show the {stat} {number}.",
+            "Compute the {stat} {number} for every {text}.",
+        ),
+        held_out=(
+            "Broken down by {text}, what {stat} {number} do {table} reach?",
+            "How does the {stat} {number} differ from {text} to {text}?",
+            "Split {table} into groups of equal {text} and report each {stat} {number}.",
+        ),
+    ),
+    Shape(
+        "top",
+        "SELECT {column} FROM {table} ORDER BY {number} DESC LIMIT {limit}",
+        train=(
+            "Show the {column} of the {limit} {table} with the highest {number}.",
+            "List the {column} of the top {limit} {table} by {number}.",
+            "Which {column} have the {limit} highest {number}?",
+            "Top {limit} {table} by {number}: show the {column}.",
+            "Give me the {column} for the {limit} largest {number}.",
+            "What {column} do the {limit} {table} with the most {number} have?",
+            "Sort {table} by {number} from high to low and show the first {limit} {column}.",
+            "{column} of the {limit} {table} with the greatest {number}.",
+        ),
+        held_out=(
+            "Rank {table} from most to least {number} and keep the {column} of {limit}.",
+            "Only the {limit} biggest {number} matter: print each {column}.",
+            "In descending order of {number}, what are the {limit} leading {column}?",
+        ),
+    ),
+    Shape(
+        "distinct",
+        "SELECT DISTINCT {text} FROM {table}",
+        train=(
+            "What are the distinct {text} of {table}?",
+            "List the different {text} in {table}.",
+            "Show every unique {text} of {table}.",
+            "Which {text} values occur in {table}?",
+            "Give me all distinct {text}.",
+            "Find the unique {text} in {table}.",
+            "List each {text} once.",
+            "What different {text} do the {table} have?",
+        ),
+        held_out=(
+            "Drop the duplicates and print the {text} of {table}.",
+            "Show {text} of {table} without repeats.",
+            "Name every {text} among the {table}, none of them twice.",
+        ),
+    ),
+)

@@ -1,0 +1,203 @@
+"""The loop and the two ways to look at a model's answers, against transformers' own where it has them."""
+
+import math
+
+import pytest
+import torch
+from architectures import build
+from test_inject import snapshot, unchanged
+from torch.utils.data import DataLoader
+from transformers import get_linear_schedule_with_warmup
+
+from lorakit import Example, encode, exact_match, fit, greedy, inject
+from lorakit.train import IGNORE, batches, collate, completion_loss, linear_schedule
+
+
+class Characters:
+    """A tokenizer of single characters; '\\x02' is eos."""
+
+    eos_token_id = 2
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [2 if c == "\x02" else ord(c) - 94 for c in text]}  # a -> 3
+
+    def decode(self, ids):
+        return "".join(chr(i + 94) for i in ids)
+
+
+TOKENIZER = Characters()
+
+
+def examples(n=24, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    words = ["".join(chr(97 + int(c)) for c in torch.randint(0, 20, (3 + i % 4,), generator=draw)) for i in range(n)]
+    return [encode(TOKENIZER, word, word[:2] + "\x02") for word in words]
+
+
+def test_encode_labels_the_completion_only():
+    assert encode(TOKENIZER, "ab", "c\x02") == Example([3, 4, 5, 2], [IGNORE, IGNORE, 5, 2])
+
+
+def test_collate_pads_on_the_right_and_hides_it():
+    batch = collate([Example([5, 6, 7], [IGNORE, 6, 7]), Example([8, 9], [IGNORE, 9])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, 9, IGNORE]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_loss_is_that_of_transformers_and_padding_does_not_count(name):
+    model, batch = build(name), collate(examples(6))
+    ours = completion_loss(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
+    torch.testing.assert_close(ours, model(**batch).loss)
+    singles = [collate([example]) for example in examples(6)]
+    counts = [int((single["labels"] != IGNORE).sum()) for single in singles]
+    losses = [completion_loss(model(single["input_ids"]).logits, single["labels"]) for single in singles]
+    mean = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(ours, mean)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(40, 4), (7, 0), (1, 0), (10, 9)])
+def test_the_schedule_is_that_of_transformers(steps, warmup):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = get_linear_schedule_with_warmup(torch.optim.SGD([parameter], lr=1.0), warmup, steps)
+    for step in range(steps):
+        assert linear_schedule(step, steps, warmup) == pytest.approx(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+
+
+def test_batches_go_through_everything_before_anything_returns():
+    found = batches(10, 4, 5, seed=1)
+    flat = [i for batch in found for i in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert found == batches(10, 4, 5, seed=1) != batches(10, 4, 5, seed=2)
+    assert len(DataLoader(range(10), batch_size=4)) == 3  # a loader would cut the third batch short
+    assert {len(batch) for batch in found} == {4}
+
+
+def adapted(seed=0, **settings):
+    model = build("llama")
+    torch.manual_seed(seed)
+    inject(model, 4, 8, **settings)
+    return model
+
+
+def test_fit_learns_and_touches_only_what_requires_a_gradient():
+    model, data = build("llama"), examples()
+    fit(model, data, steps=60, lr=1e-2, show=False)  # a base that is not random
+    inject(model, 8, 16)
+    frozen = {key: value.clone() for key, value in model.state_dict().items() if key.rpartition(".")[2] not in "AB"}
+    before = exact_match(model, data, show=False)
+    history = fit(model, data, steps=150, lr=1e-2, show=False)
+    assert len(history.loss) == len(history.lr) == len(history.tokens) == len(history.seconds) == 150
+    assert history.loss[-1] < 0.85 * history.loss[0]
+    assert sum(exact_match(model, data, show=False)) > sum(before)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in frozen.items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.training
+    assert "150 steps" in str(history)
+
+
+def test_fit_trains_whole_models_too():
+    model = build("gpt2")
+    history = fit(model, examples(), steps=30, lr=1e-2, show=False)
+    assert history.loss[-1] < history.loss[0]
+
+
+def test_fit_is_a_function_of_its_seeds_and_leaves_the_random_state():
+    def weights(seed, **settings):
+        model = adapted(dropout=0.3)
+        state = torch.get_rng_state()
+        fit(model, examples(), steps=5, seed=seed, show=False)
+        assert torch.equal(torch.get_rng_state(), state)
+        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_the_learning_rate_in_the_history_is_the_one_used():
+    history = fit(adapted(), examples(), steps=10, warmup=0.2, lr=1.0e-3, show=False)
+    assert history.lr == pytest.approx([1e-3 * linear_schedule(step, 10, 2) for step in range(10)])
+    assert history.tokens[0] == sum(len(examples()[i].input_ids) for i in batches(24, 8, 1, 0)[0])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_with_a_message_and_the_last_finite_weights(where):
+    model = adapted()
+    if where == "loss":
+        model.lm_head.register_forward_hook(lambda m, i, o: o * float("nan") if next(calls) == 3 else o)
+    else:
+        model.lm_head.register_full_backward_hook(
+            lambda m, i, o: tuple(g * math.inf for g in i) if next(calls) == 3 else i
+        )
+    calls = iter(range(100))
+    with pytest.raises(FloatingPointError, match=r"step 3.*learning rate below 0\.001"):
+        fit(model, examples(), steps=12, lr=1e-3, show=False)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"examples": []}, "example"),
+        ({"examples": [Example([3] * 33, [3] * 33)]}, "context"),
+    ],
+)
+def test_bad_arguments_are_refused(settings, word):
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=word):
+        fit(model, **({"examples": examples(), "steps": 2, "show": False} | settings))
+    assert unchanged(model, before)
+
+
+def test_nothing_to_train_or_to_learn_is_refused():
+    with pytest.raises(ValueError, match="inject"):
+        fit(build("llama").requires_grad_(False), examples(), steps=1, show=False)
+    with pytest.raises(ValueError, match="labelled"):
+        Example([3, 4], [IGNORE, IGNORE])
+    with pytest.raises(ValueError, match="one label"):
+        Example([3, 4], [4])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
+def test_greedy_in_batches_equals_one_by_one_and_exact_match_predicts_it(name):
+    model = build(name)
+    fit(model, examples(), steps=100, lr=1e-2, show=False)
+    prompts = ["abc", "fghij", "ab", "klmnopq", "tsr"]
+    together = greedy(model, TOKENIZER, prompts, stop="\x02", max_new_tokens=6, batch_size=3, show=False)
+    alone = [greedy(model, TOKENIZER, [p], stop="\x02", max_new_tokens=6, show=False)[0] for p in prompts]
+    assert together == alone
+    assert any(together)
+    for prompt, answer in zip(prompts, together, strict=True):
+        if len(answer) < 6:  # it ended by itself
+            assert exact_match(model, [encode(TOKENIZER, prompt, answer + "\x02")], show=False) == [True]
+        assert exact_match(model, [encode(TOKENIZER, prompt, answer + "z\x02")], show=False) == [False]
+
+
+def test_a_stop_of_several_tokens_ends_an_answer():
+    model = build("llama")
+    fit(model, [encode(TOKENIZER, "abc", "defghij\x02")], steps=60, lr=1e-2, show=False)
+    free = greedy(model, TOKENIZER, ["abc"], stop="\x02", max_new_tokens=8, show=False)[0]
+    assert len(free) >= 5
+    assert (
+        greedy(model, TOKENIZER, ["abc"], stop=free[2:4], max_new_tokens=8, show=False)[0] == free.split(free[2:4])[0]
+    )
+
+
+def test_generation_keeps_the_models_mode_and_takes_no_prompts():
+    model = build("llama").train()
+    assert greedy(model, TOKENIZER, [], show=False) == []
+    greedy(model, TOKENIZER, ["abc"], max_new_tokens=2, show=False)
+    assert model.training
