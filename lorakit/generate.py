@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.progress import Progress
-from lorakit.train import IGNORE, Example, collate
+from lorakit.train import IGNORE, Example, collate, labelled_logits
 
 
 def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -105,9 +105,10 @@ def exact_match(
         with Progress(len(examples), "scoring", "example", show) as progress:
             for batch in _in_batches([len(example.input_ids) for example in examples], batch_size):
                 inputs = collate([examples[i] for i in batch], device)
-                labels = inputs.pop("labels")[:, 1:]  # (batch, seq - 1)
-                choice = model(**inputs).logits[:, :-1].argmax(-1)  # (batch, seq - 1)
-                matches = ((choice == labels) | (labels == IGNORE)).all(-1).tolist()
+                logits, targets = labelled_logits(model, inputs)
+                wrong = inputs["labels"][:, 1:] != IGNORE  # (batch, seq - 1)
+                wrong[wrong.clone()] = logits.argmax(-1) != targets
+                matches = (~wrong.any(-1)).tolist()
                 for i, match in zip(batch, matches, strict=True):
                     right[i] = match
                 progress.update(len(batch))

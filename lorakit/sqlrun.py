@@ -2,8 +2,8 @@
 
 A language model writes the query, so it may be anything. Four fences, from the outside in:
 
-1. the text: short, one statement, begins with SELECT, no WITH and few SELECTs (sqlite copies a named or nested query for
-   each use of it: a few lines of them multiply past any memory before the first step is counted);
+1. the text: short, one statement, begins with SELECT, no WITH and few SELECTs (sqlite copies a named or nested query
+   for each use of it: a few lines of them multiply past any memory before the first step is counted);
 2. the rights: an authorizer that knows only SELECT, the columns of the given tables and a list of harmless functions;
 3. the work: a number of virtual machine steps (not seconds: the verdict is the same on every machine), and limits on
    the length of a value, so that no single step is long and the steps together cannot fill the memory;
@@ -85,7 +85,7 @@ def _open(database: Database, max_steps: int) -> sqlite3.Connection:
         marks = ", ".join("?" * len(table.columns))
         connection.executemany(f"INSERT INTO {_quoted(table.name)} VALUES ({marks})", table.rows)
     connection.execute("PRAGMA temp_store = MEMORY")  # a large sort never makes a file
-    connection.execute("PRAGMA query_only = ON")
+    connection.execute("PRAGMA query_only = ON")  # the authorizer forbids writing as well
     for limit, value in LIMITS.items():
         connection.setlimit(limit, value)
     names = {table.name.lower() for table in database.tables}
@@ -115,7 +115,7 @@ def run_query(
         database: the tables that the query may read.
         query: the model's text; white space around it and one semicolon behind it do not matter.
         max_rows: rows in the result.
-        max_bytes: bytes of all texts and blobs in the result, plus 8 for any other value.
+        max_bytes: bytes of the result, written as text.
         max_steps: steps of sqlite's virtual machine (one scan of 20 rows takes about 100).
 
     Returns:
@@ -129,7 +129,7 @@ def run_query(
         try:
             rows, size = [], 0
             for row in connection.execute(text):
-                size += sum(len(cell) if isinstance(cell, str | bytes) else 8 for cell in row)
+                size += sum(len(str(cell).encode()) for cell in row)
                 if len(rows) == max_rows or size > max_bytes:
                     raise QueryError(f"expected at most {max_rows} rows and {max_bytes} bytes in the result")
                 rows.append(row)

@@ -52,9 +52,33 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     }
 
 
-def completion_loss(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of each labelled token given the tokens before it."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+def labelled_logits(
+    model: nn.Module, batch: dict[str, Int[Tensor, "batch seq"]]
+) -> tuple[Float[Tensor, "labelled vocab"], Int[Tensor, " labelled"]]:
+    """The logits that predict each labelled token, and those tokens, row by row.
+
+    The output head is the widest layer of a small model, so it is shown the labelled positions only. A model without
+    `get_output_embeddings` computes all logits, of which these are picked.
+    """
+    labels = batch["labels"]
+    before_label = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (batch, seq): True where the next token is labelled
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        logits = model(**inputs).logits[before_label]
+    else:
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][before_label].unsqueeze(0),))
+        try:
+            logits = model(**inputs).logits.squeeze(0)  # (labelled, vocab)
+        finally:
+            hook.remove()
+    return logits, labels[:, 1:][before_label[:, :-1]]
+
+
+def completion_loss(model: nn.Module, batch: dict[str, Int[Tensor, "batch seq"]]) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the labelled tokens, each given the tokens before it."""
+    logits, targets = labelled_logits(model, batch)
+    return F.cross_entropy(logits.float(), targets)
 
 
 def linear_schedule(step: int, steps: int, warmup_steps: int) -> float:
@@ -137,8 +161,7 @@ def fit(
             for step, indices in enumerate(batches(len(examples), batch_size, steps, seed)):
                 wall, cpu = time.perf_counter(), time.process_time()
                 batch = collate([examples[i] for i in indices], device)
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                loss = completion_loss(logits, batch["labels"])
+                loss = completion_loss(model, batch)
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(params, clip)
                 if not (loss.isfinite() and norm.isfinite()):

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lorakit import cli, doctor, execute, lessons, models, outputs
+from lorakit import cli, doctor, execute, fetch, lessons, outputs
 
 PROFILES = {"laptop": "", "smoke": "all: {seed: 7}\n00_first: {steps: 2, rate: 2e-4}\n", "gpu": "all: {missing: 1}\n"}
 BAR = """\
@@ -247,7 +247,7 @@ def test_doctor_compares_versions_with_the_ranges(monkeypatch, capsys):
 
 def test_fetch_prints_the_folder_and_passes_errors_on_as_one_line(monkeypatch, capsys, tmp_path):
     calls = []
-    monkeypatch.setattr(models, "fetch_model", lambda name, verify: calls.append((name, verify)) or tmp_path)
+    monkeypatch.setattr(fetch, "fetch_model", lambda name, verify: calls.append((name, verify)) or tmp_path)
     assert cli.main(["fetch"]) == 0
     assert cli.main(["fetch", "other", "--verify"]) == 0
     assert calls == [("smollm2", False), ("other", True)]

@@ -12,21 +12,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
-ORDER = [
-    *(
-        "progress",
-        "files",
-        "libraries",
-        "lowrank",
-        "lora",
-        "dora",
-        "nf4",
-        "inject",
-        "adapter_files",
-        "adapter",
-        "arithmetic",
-    ),
-    *("budget", "fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql", "facts", "train", "generate"),
+ORDER = [  # from the ground up
+    *("progress", "files", "libraries"),
+    *("lowrank", "lora", "dora", "nf4", "inject", "adapter_files", "adapter", "arithmetic", "budget"),
+    *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql", "facts", "train", "generate"),
     *("sweep", "stats", "plots", "checks", "outputs", "execute", "lessons", "doctor", "cli"),
 ]
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

@@ -445,8 +445,8 @@ BOMBS = {
     "one long text": f"SELECT group_concat(a.s) FROM {FIVE}",
     "sorter": f"SELECT {EACH} FROM {FIVE} ORDER BY 1 DESC",
     "sorter, no case": f"SELECT {EACH} FROM {FIVE} ORDER BY 1 COLLATE NOCASE",
-    "sorter, long texts": f"SELECT (SELECT group_concat('{'a' * 79}') FROM t x, t y)||a.n||b.n FROM {FIVE} ORDER BY 1, c.n",
-    "long query": "SELECT " + "/*" * 60_000,
+    "sorter, long texts": f"SELECT {LONG.replace('FROM t', 'FROM t x, t y')}||a.n||b.n FROM {FIVE} ORDER BY 1, c.n",
+    "long query": "SELECT " + "[" * 120_000,
     "distinct": f"SELECT COUNT(DISTINCT {EACH}) FROM {FIVE}",
     "in": f"SELECT 1 WHERE 'x' IN (SELECT {EACH} FROM {FIVE})",
     "window": f"SELECT group_concat({LONG}) OVER (ORDER BY a.n) FROM {FIVE}",
@@ -457,9 +457,9 @@ BOMBS = {
     "hidden recursion": "SELECT * FROM (WITH r(x) AS (SELECT 1 UNION ALL SELECT x FROM r) SELECT x FROM r)",
     "laughs": doubled(22),
     "hidden laughs": f"SELECT * FROM ({doubled(21)})",
-    "wide laughs": "WITH x AS (SELECT 1)"
+    "wide laughs": "SELECT * FROM (WITH x AS (VALUES(1))"
     + "".join(f", {new} AS (SELECT 1 FROM {','.join([old] * 60)})" for new, old in ("yx", "zy"))
-    + f" SELECT 1 FROM {','.join(['z'] * 60)}",
+    + f" SELECT 1 FROM {','.join(['z'] * 60)})",
     "substitution, 2 levels": substituted(2),
     "substitution, 4 levels": substituted(4),
     "substitution, 8 levels": substituted(8),
@@ -498,6 +498,7 @@ def test_bombs_are_stopped_within_four_seconds_and_150_megabytes(name):
     )
     assert done.returncode == 0, done.stderr[-300:]
     assert done.stdout.startswith("refused: "), done.stdout
+    assert "disk" not in done.stdout  # it may write no file, and has not tried
     assert int(done.stdout.split()[1]) < 150  # MB, of which Python itself takes about 20
 
 
@@ -548,7 +549,7 @@ SIGNS = ["(", ")", ",", ";", "'", '"', "--", "/*", "=", "<", "||", "%", "\0", "\
 FRAGMENTS = st.sampled_from(KEYWORDS + NAMES + SIGNS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.one_of(
         st.text(),

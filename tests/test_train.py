@@ -46,16 +46,32 @@ def test_collate_pads_on_the_right_and_hides_it():
     assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, 9, IGNORE]]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "phi", "gpt-neox"])
 def test_the_loss_is_that_of_transformers_and_padding_does_not_count(name):
     model, batch = build(name), collate(examples(6))
-    ours = completion_loss(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
-    torch.testing.assert_close(ours, model(**batch).loss)
+    ours, theirs = completion_loss(model, batch), model(**batch).loss
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(model.parameters())
+    for mine, yours in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-6)
     singles = [collate([example]) for example in examples(6)]
     counts = [int((single["labels"] != IGNORE).sum()) for single in singles]
-    losses = [completion_loss(model(single["input_ids"]).logits, single["labels"]) for single in singles]
-    mean = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
+    mean = sum(completion_loss(model, single) * n for single, n in zip(singles, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(ours, mean)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_model_without_a_named_head_works_too():
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    model, batch = build("llama"), collate(examples(6))
+    torch.testing.assert_close(completion_loss(Wrapped(model), batch), completion_loss(model, batch))
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(40, 4), (7, 0), (1, 0), (10, 9)])

@@ -1,0 +1,57 @@
+"""The course's figures: each function draws on an axis and returns it."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+)  # Paul Tol's bright, safe for the colour-blind
+GREY = "#999999"
+
+
+def style(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:
+    """Gives an axis its title and labels, a light grid and no box."""
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def plot_loss(losses: Mapping[str, Sequence[float]], ax: Axes, title: str = "") -> Axes:
+    """Draws training losses, in nats a labelled token, against the step, one line a run."""
+    for (label, values), colour in zip(losses.items(), COLOURS, strict=False):
+        ax.plot(range(1, len(values) + 1), values, color=colour, label=label)
+    ax.set_ylim(bottom=0)
+    if len(losses) > 1:
+        ax.legend(frameon=False)
+    return style(ax, title, "optimiser step", "loss (nats a token)")
+
+
+def plot_accuracy(arms: Mapping[str, Mapping[str, tuple[float, float, float]]], ax: Axes, title: str = "") -> Axes:
+    """Draws accuracies with their intervals, one group of bars a split and one colour an arm.
+
+    Args:
+        arms: arm -> split -> (share, low, high), as `stats.accuracy_interval` returns it.
+        ax: where to draw.
+        title: the question that the figure answers.
+    """
+    width = 0.8 / len(arms)
+    for i, ((label, splits), colour) in enumerate(zip(arms.items(), COLOURS, strict=False)):
+        places = [k + (i - (len(arms) - 1) / 2) * width for k in range(len(splits))]
+        share, low, high = ([100 * values[k] for values in splits.values()] for k in range(3))
+        errors = [[s - lo for s, lo in zip(share, low, strict=True)], [h - s for s, h in zip(share, high, strict=True)]]
+        ax.bar(places, share, 0.92 * width, yerr=errors, capsize=3, color=colour, ecolor="#333333", label=label)
+        for place, value, top in zip(places, share, high, strict=True):
+            ax.text(place, top + 1.5, f"{value:.0f}", ha="center")
+    ax.set_xticks(range(len(splits)), list(splits))
+    ax.set_ylim(0, 112)
+    ax.set_yticks(range(0, 101, 20))
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, "", "right answers (%), 95 % interval")
