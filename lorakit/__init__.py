@@ -5,6 +5,8 @@ from lorakit.adapter_files import AdapterError
 from lorakit.generate import exact_match, greedy
 from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
 from lorakit.lora import LoRALinear
+from lorakit.models import load_model
+from lorakit.sql import execution_accuracy, load_sql
 from lorakit.train import Example, History, encode, fit
 
 __version__ = "0.1.0"
@@ -18,11 +20,14 @@ __all__ = [
     "count",
     "encode",
     "exact_match",
+    "execution_accuracy",
     "find_targets",
     "fit",
     "greedy",
     "inject",
     "load_adapter",
+    "load_model",
+    "load_sql",
     "merge",
     "remove",
     "save_adapter",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from lorakit.files import write_atomically
 from lorakit.sqlmake import Item, near_names
 from lorakit.sqlrun import Database, Table
 
@@ -119,10 +120,8 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{split}.jsonl": _jsonl(items) for split, items in splits.items()}
     files["databases.json"] = _databases_json(databases)
-    for name, text in {**files, "README.md": _card(splits, databases, files)}.items():
-        unfinished = folder / f".{name}.{os.getpid()}"
-        unfinished.write_bytes(text.encode())
-        unfinished.replace(folder / name)
+    files["README.md"] = _card(splits, databases, files)
+    write_atomically({folder / name: text.encode() for name, text in files.items()})
 
 
 def read_items(folder: str | os.PathLike, split: str) -> list[Item]:
