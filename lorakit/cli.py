@@ -41,6 +41,18 @@ def _fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="where to write, such as data/sql")
+
+
+def _data(args: argparse.Namespace) -> int:
+    from lorakit import sql
+
+    sql.write(args.folder)
+    print(args.folder)
+    return 0
+
+
 def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="number or name (default: all, in order)")
     parser.add_argument("--profile", default="laptop", help="laptop, smoke or gpu (default: %(default)s)")
@@ -68,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
+    "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
     "run": Command("run lessons and keep the executed notebooks", _declare_run, _run),
 }
 

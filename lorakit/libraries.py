@@ -2,31 +2,37 @@
 
 import contextlib
 import importlib
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 
 def need(module: str) -> Any:
-    """Imports an optional dependency, or says how to get it."""
+    """Imports an optional dependency without its warnings, or says how to get it."""
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{error.name or module} is needed: pip install 'lorakit[models]'") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' bars and warnings out of a notebook, then restores its settings."""
-    logging = need("transformers").utils.logging
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Keeps warnings, log lines and bars of transformers, peft and bitsandbytes out of a notebook while it lasts."""
+    transformers_log, bitsandbytes_log = need("transformers").utils.logging, logging.getLogger("bitsandbytes")
+    verbosity, level = transformers_log.get_verbosity(), bitsandbytes_log.level
+    had_bars = transformers_log.is_progress_bar_enabled()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    bitsandbytes_log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_log.set_verbosity(verbosity)
+        bitsandbytes_log.setLevel(level)
         if had_bars:
-            logging.enable_progress_bar()
+            transformers_log.enable_progress_bar()

@@ -44,8 +44,6 @@ def load_model(
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
-    if name_or_path in MODELS:
-        model.config._name_or_path = model.name_or_path = name_or_path  # not this machine's cache
     return model.to(device).eval(), tokenizer
 
 

@@ -1,6 +1,6 @@
 """The text-to-SQL task: questions over one-table schemas, five splits, the prompt, and execution accuracy on sqlite3.
 
-`python -m lorakit.sql FOLDER` writes the data files, the same bytes each time.
+`lorakit data FOLDER` writes the data files, the same bytes each time.
 
 Four modules stand behind this one: `sqlrun` runs a query that nobody has checked, `sqlwords` holds tables, values and
 phrasings, `sqlmake` combines them to questions and rows, `sqlfiles` reads and writes.
@@ -9,7 +9,6 @@ phrasings, `sqlmake` combines them to questions and rows, `sqlfiles` reads and w
 import math
 import os
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
@@ -154,9 +153,3 @@ def write(folder: str | os.PathLike) -> None:
     """
     splits = {split: generate(split) for split in SPLITS}
     write_files(folder, splits, {table: populations(table) for table in words.TABLES})
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lorakit.sql FOLDER")
-    write(sys.argv[1])

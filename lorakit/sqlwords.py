@@ -189,7 +189,7 @@ SHAPES = (
             "Give me the top {limit} {column} by {number}.",
         ),
         held_out=(
-            "Tell me the {column} of the {limit} {table} that have the highest {number}.",
+            "Of all {table}, tell me the {column} with the {limit} highest {number}.",
             "Who is in the top {limit} by {number}? Show the {column}.",
             "Please print the {column} for the most {number}, {limit} rows.",
         ),
