@@ -47,6 +47,10 @@ TABLES: dict[str, dict[str, tuple[str, ...] | range]] = {
     "students": {"student": PEOPLE, "course": COURSES, "score": range(0, 100), "credits": range(10, 240)},
     "hotels": {"hotel": HOTELS, "town": CITIES, "rooms": range(10, 400), "rate": range(40, 600)},
     "songs": {"song": SONGS, "artist": SURNAMES, "seconds": range(90, 500), "plays": range(100, 9000)},
+    "loans": {"client": SURNAMES, "branch": CITIES, "amount": range(100, 9000), "months": range(6, 240)},
+    "patients": {"patient": PEOPLE, "doctor": SURNAMES, "height": range(90, 210), "visits": range(1, 80)},
+    "trains": {"driver": SURNAMES, "station": CITIES, "speed": range(60, 400), "wagons": range(2, 90)},
+    "houses": {"owner": PEOPLE, "suburb": CITIES, "area": range(40, 400), "taxes": range(100, 3000)},
     "recipes": {"dish": DISHES, "cuisine": CUISINES, "calories": range(100, 900), "servings": range(1, 60)},
     "rivers": {"river": RIVERS, "country": COUNTRIES, "length": range(200, 7000), "depth": range(2, 120)},
     "animals": {"species": SPECIES, "habitat": HABITATS, "weight": range(1, 900), "lifespan": range(2, 70)},
@@ -94,7 +98,7 @@ SHAPES = (
         ),
         held_out=(
             "I want the {column} of all {table} that have {text} {value}.",
-            "For {text} {value}, show me the {column}.",
+            "Look in {table} for {text} {value} and print the {column}.",
             "Please print {column} from {table} if {text} equals {value}.",
         ),
     ),
@@ -110,7 +114,7 @@ SHAPES = (
         ),
         held_out=(
             "I want the {column} of all {table} that have {number} {than} {bound}.",
-            "For {number} {than} {bound}, show me the {column}.",
+            "Look in {table} for {number} {than} {bound} and print the {column}.",
             "Please print {column} from {table} if {number} is {than} {bound}.",
         ),
     ),
@@ -159,7 +163,7 @@ SHAPES = (
         held_out=(
             "Tell me the {stat} {number} over all {table}.",
             "I want to know the {stat} {number} in the table {table}.",
-            "Please print the {stat} {number} of every row together.",
+            "Please print the {stat} {number} from {table}.",
         ),
     ),
     Shape(
@@ -173,7 +177,7 @@ SHAPES = (
             "For each {text}, give me the {stat} {number}.",
         ),
         held_out=(
-            "Tell me each {text} and its {stat} {number}.",
+            "Tell me the {stat} {number} in each {text}.",
             "I want to know the {stat} {number} of {table}, per {text}.",
             "Please print the {stat} {number} grouped by {text}.",
         ),
@@ -186,7 +190,7 @@ SHAPES = (
             "List the {column} of the top {limit} {table} by {number}.",
             "Which {column} have the {limit} highest {number}?",
             "What is the {column} of the {limit} {table} with the most {number}?",
-            "Give me the top {limit} {column} by {number}.",
+            "Give me the {column} for the {limit} highest {number}.",
         ),
         held_out=(
             "Of all {table}, tell me the {column} with the {limit} highest {number}.",
