@@ -64,6 +64,9 @@ one row on each of them, and rankings have no ties.
 - One table, at most one condition, no join, no nesting; whole numbers and one-word texts only; no empty (NULL) cells.
 - The sentences are patterns with slots, in synthetic English ("which customer have ..."): a model that is good here
   has learnt a format and a narrow mapping, not SQL.
+- The words, phrasings and number of tables were adjusted while the task was made, with models trained on it and scored
+  on the held-out splits, until a small model could learn it in under 50 steps. The splits measure what reaches new
+  tables and new sentences of this kind; they are no untouched benchmark.
 - Questions never ask for something that the table lacks, and are never ambiguous on purpose.
 - Equal rows on {populations} populations are strong evidence for an equal query, not a proof. A known gap: no number
   stands twice in its column, so `COUNT(DISTINCT number)` passes for `COUNT(*)`.

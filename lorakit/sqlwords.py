@@ -27,12 +27,12 @@ SONGS = _words("Hello Yesterday Imagine Angie Jolene Valerie Roxanne Fever Crazy
 
 DISHES = _words("Soup Pizza Curry Salad Stew Pasta Tacos Risotto Omelette Pie Sushi Burger")
 CUISINES = _words("Thai Greek French Indian Mexican Korean Turkish Spanish Lebanese Polish Chinese Cuban")
-RIVERS = _words("Nile Danube Rhine Volga Thames Ganges Amazon Mekong Niger Loire Elbe Tagus")
+RIVERS = _words("Nile Congo Rhine Volga Thames Ganges Amazon Jordan Hudson Seine Tiber Indus")
 COUNTRIES = _words("Egypt Austria Brazil Canada Kenya Norway Peru Japan Chad Italy Chile Ghana")
-SPECIES = _words("Otter Zebra Panther Camel Falcon Beaver Badger Hyena Lynx Moose Puma Gecko")
+SPECIES = _words("Otter Zebra Horse Camel Falcon Beaver Sheep Goat Rabbit Moose Monkey Turtle")
 HABITATS = _words("Desert Forest Swamp Tundra Savanna Jungle Mountain Coast Meadow Reef Steppe Cave")
-PHONES = _words("Pixel Galaxy Xperia Nova Lumia Spark Redmi Moto Edge Prime Zoom Flip")
-MAKERS = _words("Nokia Sony Google Samsung Huawei Xiaomi Lenovo Apple Asus Oppo Vivo Siemens")
+PHONES = _words("Pixel Galaxy Nova Spark Moto Edge Prime Zoom Flip Echo Wave Pulse")
+MAKERS = _words("Nokia Sony Google Samsung Intel Motorola Lenovo Apple Philips Panasonic Siemens Sharp")
 
 # Column -> its words (a text column) or its range (a column of whole numbers). Of twelve words the last four, and of
 # all numbers those that leave HELD_OUT_REMAINDER after division by five, occur in no training question.
@@ -94,7 +94,7 @@ SHAPES = (
             "List the {column} for {table} with {text} {value}.",
             "What is the {column} of the {table} whose {text} is {value}?",
             "Which {column} go with {text} {value}?",
-            "Find the {column} of every row with {text} equal to {value}.",
+            "Find the {column} if {text} is {value}.",
         ),
         held_out=(
             "I want the {column} of all {table} that have {text} {value}.",
@@ -110,7 +110,7 @@ SHAPES = (
             "List the {column} for {table} with {number} {than} {bound}.",
             "What is the {column} of the {table} whose {number} is {than} {bound}?",
             "Which {column} have {number} {than} {bound}?",
-            "Find the {column} of every row with {number} {than} {bound}.",
+            "Find the {column} if {number} is {than} {bound}.",
         ),
         held_out=(
             "I want the {column} of all {table} that have {number} {than} {bound}.",
@@ -141,7 +141,7 @@ SHAPES = (
             "How many {table} have {text} {value}?",
             "Count the {table} where {text} is {value}.",
             "What is the number of {table} with {text} {value}?",
-            "Give me the count of {table} with {text} equal to {value}.",
+            "Give me the count of {table} with {text} {value}.",
             "How many rows have {text} {value}?",
         ),
         held_out=(
@@ -172,14 +172,14 @@ SHAPES = (
         train=(
             "What is the {stat} {number} per {text}?",
             "Show the {stat} {number} of {table} for each {text}.",
-            "Find the {stat} {number} of {table} by {text}.",
+            "Find the {stat} {number} by {text}.",
             "Compute the {stat} {number} for every {text}.",
             "For each {text}, give me the {stat} {number}.",
         ),
         held_out=(
             "Tell me the {stat} {number} in each {text}.",
             "I want to know the {stat} {number} of {table}, per {text}.",
-            "Please print the {stat} {number} grouped by {text}.",
+            "Please group by {text} and print the {stat} {number}.",
         ),
     ),
     Shape(
