@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter_files import AdapterError, read_adapter, write_adapter
-from lorakit.inject import Count, adapters, count, linear_layers, wrap
+from lorakit.inject import Count, adapters, count, is_named, linear_layers, wrap
 from lorakit.lora import SCALINGS, LoRALinear, is_conv1d, linear_shape
 
 PREFIX = "base_model.model."  # PEFT's wrapper and the model inside it
@@ -171,7 +171,7 @@ def _is_targeted(name: str, config: dict[str, Any]) -> bool:
     def named(targets: str | list[str]) -> bool:
         if isinstance(targets, str):
             return re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith("." + target) for target in targets)
+        return any(is_named(name, target) for target in targets)
 
     if not named(config.get("target_modules") or []) or named(config.get("exclude_modules") or []):
         return False

@@ -66,7 +66,7 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     return [m for name, m in model.named_children() if name in HEAD_NAMES] if hasattr(model, "config") else []
 
 
-def _is_named(name: str, target: str) -> bool:
+def is_named(name: str, target: str) -> bool:
     """True if `target` is the layer's full name or the last parts of it: 'q_proj' names 'layers.0.attn.q_proj'."""
     return name == target or name.endswith("." + target)
 
@@ -96,7 +96,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
             raise ValueError(f"expected a regular expression, got {targets!r}: {error}") from None
         matches = {targets: [name for name in layers if pattern.fullmatch(name)]}
     else:
-        matches = {target: [name for name in layers if _is_named(name, target)] for target in targets}
+        matches = {target: [name for name in layers if is_named(name, target)] for target in targets}
     if not matches:
         raise ValueError("expected at least one target, got an empty list")
     for target, names in matches.items():
@@ -107,7 +107,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
-    other = next((type(m).__name__ for name, m in model.named_modules() if name and _is_named(name, target)), None)
+    other = next((type(m).__name__ for name, m in model.named_modules() if name and is_named(name, target)), None)
     if other is not None:
         return f"expected targets that are linear layers, got {target!r}, which is a {other}"
     known = dict.fromkeys([*(name.rsplit(".", 1)[-1] for name in layers), *layers])

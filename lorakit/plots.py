@@ -4,15 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-)  # Paul Tol's bright, safe for the colour-blind
-GREY = "#999999"
+# Paul Tol's "bright" scheme, safe for the colour-blind
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
 def style(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:
