@@ -43,8 +43,8 @@ quick: $(READY) ## the tests that need neither notebooks nor the base model, in 
 lint: $(READY) ## check style and format, notebooks included
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
 
-outputs: $(READY) ## run the lessons and refresh the outputs that are committed with them
-	@$(BIN)/lorakit run $(LESSON) --in-place
+outputs: $(READY) ## run lessons and solutions, and refresh the outputs that are committed with them
+	@$(BIN)/lorakit run $(LESSON) --in-place && $(BIN)/lorakit exercises --refresh
 
 clean: ## remove what the commands above made, except .venv
 	@rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis

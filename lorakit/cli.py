@@ -53,6 +53,31 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write, such as data/tiny (default: the cache)")
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from lorakit import pretrain
+
+    print(pretrain.write(args.folder))
+    return 0
+
+
+def _declare_intrinsic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="where results are and go, such as data/intrinsic")
+
+
+def _intrinsic(args: argparse.Namespace) -> int:
+    from lorakit import intrinsic, intrinsic_card
+
+    for file in intrinsic.PLANS:
+        intrinsic.record(args.folder, file)
+    intrinsic_card.write(args.folder)
+    print(args.folder)
+    return 0
+
+
 def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="number or name (default: all, in order)")
     parser.add_argument("--profile", default="laptop", help="laptop, smoke or gpu (default: %(default)s)")
@@ -77,11 +102,29 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if any(result.error for result in results) else 0
 
 
+def _declare_exercises(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--refresh", action="store_true", help="run the solutions first and refresh their outputs")
+
+
+def _exercises(args: argparse.Namespace) -> int:
+    from lorakit import exercises, lessons
+
+    notebooks = lessons.find_notebooks()
+    results = lessons.refresh(exercises.find_solutions(notebooks)) if args.refresh else []
+    if any(result.error for result in results):
+        return 1
+    print(*exercises.generate(notebooks), sep="\n")
+    return 0
+
+
 COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
     "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
+    "pretrain": Command("make the tiny base model from nothing, about two minutes", _declare_pretrain, _pretrain),
+    "intrinsic": Command("record how many dimensions facts need, resumably", _declare_intrinsic, _intrinsic),
     "run": Command("run lessons and keep the executed notebooks", _declare_run, _run),
+    "exercises": Command("derive the exercise notebooks from their solutions", _declare_exercises, _exercises),
 }
 
 

@@ -144,7 +144,8 @@ def _model() -> dict[str, Any]:
         return {"cached": False}
     folder = fetch.cache_dir()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    cached = {f"{name}_cached": (folder / name / fetch.MANIFEST).is_file() for name in fetch.MODELS}
+    wheels = [name for name, source in fetch.MODELS.items() if isinstance(source, fetch.WheelModel)]
+    cached = {f"{name}_cached": (folder / name / fetch.MANIFEST).is_file() for name in wheels}
     return {"cache": str(folder)} | cached | {"free_disk_bytes": shutil.disk_usage(existing).free}
 
 

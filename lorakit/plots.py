@@ -48,3 +48,65 @@ def plot_accuracy(arms: Mapping[str, Mapping[str, tuple[float, float, float]]], 
     ax.set_yticks(range(0, 101, 20))
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return style(ax, title, "", "right answers (%), 95 % interval")
+
+
+def plot_energy(spectra: Mapping[str, Sequence[float]], ax: Axes, title: str = "") -> Axes:
+    """Draws the share of a matrix's energy in its k largest singular directions against k, one line a matrix.
+
+    Args:
+        spectra: label -> captured energy, in [0, 1], of 1, 2, 3, ... directions.
+        ax: where to draw.
+        title: the question that the figure answers.
+    """
+    for (label, shares), colour in zip(spectra.items(), (*COLOURS[:2], GREY, *COLOURS[2:]), strict=False):
+        ax.plot(range(1, len(shares) + 1), [100 * share for share in shares], color=colour, label=label, lw=2)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.set_ylim(0, 104)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, "directions kept, k", "captured energy (%)")
+
+
+def plot_against(
+    arms: Mapping[str, Mapping[int, tuple[float, float, float]]], ax: Axes, title: str = "", xlabel: str = "rank k"
+) -> Axes:
+    """Draws accuracies with their intervals against a size on a logarithmic axis, one line an arm.
+
+    Args:
+        arms: arm -> size -> (share, low, high), as `stats.accuracy_interval` returns it.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: the size, with its unit.
+    """
+    for (label, points), colour in zip(arms.items(), COLOURS, strict=False):
+        sizes = sorted(points)
+        share, low, high = ([100 * points[size][k] for size in sizes] for k in range(3))
+        ax.plot(sizes, share, "o-", color=colour, label=label, lw=2)
+        ax.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.set_ylim(-3, 103)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, xlabel, "right answers (%), 95 % interval")
+
+
+def plot_similarity(
+    grid: Sequence[Sequence[float]], ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "", most: float = 1.0
+) -> Axes:
+    """Draws subspace similarities as a map: entry (i - 1, j - 1) compares the first i with the first j directions.
+
+    Args:
+        grid: similarities, in [0, 1]: 0 for orthogonal subspaces, 1 if one holds the other.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: whose directions j counts.
+        ylabel: whose directions i counts.
+        most: the similarity that is drawn darkest.
+    """
+    image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=most, aspect="auto", origin="lower")
+    rows, columns = len(grid), len(grid[0])
+    ax.set_yticks(range(rows), range(1, rows + 1))
+    ax.set_xticks(range(columns), range(1, columns + 1))
+    ax.figure.colorbar(image, ax=ax, label="similarity")
+    style(ax, title, xlabel, ylabel).grid(visible=False)
+    return ax

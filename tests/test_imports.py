@@ -13,10 +13,12 @@ from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 ORDER = [  # from the ground up
-    *("progress", "files", "libraries"),
+    *("progress", "files", "manifest", "libraries"),
     *("lowrank", "lora", "dora", "nf4", "inject", "adapter_files", "adapter", "arithmetic", "budget"),
-    *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql", "facts", "train", "generate"),
-    *("sweep", "stats", "plots", "checks", "outputs", "execute", "lessons", "doctor", "cli"),
+    *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql", "train", "generate"),
+    *("facts", "pretrain"),
+    *("sweep", "stats", "intrinsic", "intrinsic_card", "plots", "answers", "checks_lowrank", "checks_lora", "checks"),
+    *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 MAX_LINES = 250

@@ -1,0 +1,28 @@
+"""The checks of all exercises: `check_x(your_function)` prints "right", or says on which input it is wrong, and why."""
+
+from lorakit.answers import CheckFailed
+from lorakit.checks_lora import check_count, check_first_update, check_grow, check_layer, check_merge, check_swap
+from lorakit.checks_lowrank import (
+    check_balance,
+    check_best_approximation,
+    check_control,
+    check_largest_rank,
+    check_rank_for_energy,
+    check_similarity,
+)
+
+__all__ = [
+    "CheckFailed",
+    "check_balance",
+    "check_best_approximation",
+    "check_control",
+    "check_count",
+    "check_first_update",
+    "check_grow",
+    "check_largest_rank",
+    "check_layer",
+    "check_merge",
+    "check_rank_for_energy",
+    "check_similarity",
+    "check_swap",
+]
