@@ -18,6 +18,7 @@ INDEX    = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
+export GOMP_SPINCOUNT := 3000
 
 .DEFAULT_GOAL := help
 .PHONY: help start course lab test quick lint outputs clean

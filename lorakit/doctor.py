@@ -9,11 +9,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lorakit.machine import THREAD_ENV, available
+
 VERSIONS = (
     *("lorakit", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"),
     *("safetensors", "gguf", "papermill", "nbval", "jupyterlab"),
 )
 CPU_FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE")
 MIN_MEMORY_BYTES = 4e9
 MIN_DISK_BYTES = 2e9
 
@@ -120,7 +123,8 @@ def _machine() -> dict[str, Any]:
         found |= {"torch_threads": torch.get_num_threads(), "torch_cuda_build": torch.version.cuda}
         found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
         found["mps"] = torch.backends.mps.is_available()
-    return found | {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")}
+    found["keeps_freed_memory"] = available()
+    return found | {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
 def _cpu_name() -> str:
@@ -169,6 +173,12 @@ def find_traps(report: dict[str, Any]) -> list[str]:
         traps.append(f"more threads than the {cores} cores: steps get several times slower (see OMP_NUM_THREADS)")
     if threads == 1 < cores:
         traps.append(f"torch uses 1 of {cores} cores (see OMP_NUM_THREADS)")
+    if (machine.get("system") or "").startswith("Linux") and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(machine):
+        settings = " ".join(f"{name}={value}" for name, value in THREAD_ENV.items())
+        traps.append(
+            f"{settings} is not set: beside another busy program, threads that wait for each other make a step several "
+            "times slower; set it before Python starts (make and lorakit run do)"
+        )
     if (machine.get("HF_HUB_OFFLINE") or "").upper() in ("1", "ON", "YES", "TRUE"):
         traps.append(
             "HF_HUB_OFFLINE is set: models and data from the hub load only if they are cached (the course needs none)"

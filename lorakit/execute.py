@@ -17,9 +17,14 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from lorakit.machine import THREAD_ENV
 from lorakit.progress import MIME_METADATA
 
-KERNEL_ENV = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
+KERNEL_ENV = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",
+} | THREAD_ENV
 ECHO_SECONDS = 30.0  # how often an unfinished bar is printed where no line can be redrawn
 
 

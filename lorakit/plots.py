@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 
 # Paul Tol's "bright" scheme, safe for the colour-blind
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+GREY = "#bbbbbb"
 
 
 def style(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.machine import kept_memory
 from lorakit.progress import Progress
 
 IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
@@ -156,7 +157,7 @@ def fit(
     history, was_training = History(), model.training
     model.train()
     try:
-        with torch.random.fork_rng(), Progress(steps, "training", show=show) as progress:
+        with torch.random.fork_rng(), kept_memory(), Progress(steps, "training", show=show) as progress:
             torch.manual_seed(seed)
             for step, indices in enumerate(batches(len(examples), batch_size, steps, seed)):
                 wall, cpu = time.perf_counter(), time.process_time()

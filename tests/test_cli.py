@@ -220,6 +220,7 @@ SOUND = {
         ("machine", {"torch_threads": 1}, "1 of 4 cores"),
         ("machine", {"OMP_NUM_THREADS": "8"}, "more threads"),
         ("machine", {"HF_HUB_OFFLINE": "true"}, "HF_HUB_OFFLINE"),
+        ("machine", {"system": "Linux x86_64"}, "GOMP_SPINCOUNT"),
         ("machine", {"free_memory_bytes": 1e9}, "memory"),
         ("model", {"free_disk_bytes": 1e9}, "base model is cached"),
     ],

@@ -1,0 +1,96 @@
+"""LoRA's step as one autograd function: the plain formula's numbers, with fewer copies and less kept for the backward.
+
+Autograd, given the formula `y = x W' + b + s (x A') B'`, makes three tensors of y's size and as many of its gradient.
+Here the products add into one, and of the forward pass only x and x A' stay. With dy the gradient of y:
+
+    dxa = s dy B        dA = dxa' x        dB = s dy' (x A')        dx = dy W + dxa A
+
+W has no gradient: it is frozen, and that is the third of the arithmetic that LoRA saves.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes it whenever it is needed
+
+
+def lora_linear(
+    x: Float[Tensor, "*batch d_in"],
+    weight: Weight,
+    bias: Float[Tensor, " d_out"] | None,
+    A: Float[Tensor, "rank d_in"],
+    B: Float[Tensor, "d_out rank"],
+    scale: float,
+) -> Float[Tensor, "*batch d_out"]:
+    """Computes `x W' + b + s (x A') B'` for a frozen W and b, with gradients for x, A and B.
+
+    A and B are rounded to x's dtype for the products, which sum in float32 and round once; their gradients come back in
+    their own dtype. Differentiable twice.
+
+    Args:
+        x: the input, in W's dtype.
+        weight: W; or a function that returns it, for a base that is stored otherwise (quantised): it is called again in
+            the backward pass, so that nothing of W's size is kept.
+        bias: b, None for none.
+        A: of any floating dtype.
+        B: of any floating dtype.
+        scale: s.
+
+    Returns:
+        y in x's dtype.
+    """
+    return _LoRALinear.apply(x, A, B, weight, bias, scale)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, A, B, weight, bias, scale):
+        W, flat = weight() if callable(weight) else weight, x.reshape(-1, x.shape[-1])  # (n, d_in)
+        xa = flat @ A.to(x.dtype).T  # (n, rank)
+        y = F.linear(flat, W, bias).addmm_(xa, B.to(x.dtype).T, alpha=scale)  # (n, d_out)
+        ctx.save_for_backward(x, A, B, xa, *([] if callable(weight) else [W]))
+        ctx.weight, ctx.scale = weight if callable(weight) else None, scale
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, xa, *W = ctx.saved_tensors
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+        flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (n, d_in), (n, d_out)
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        if torch.is_grad_enabled():  # a second derivative is wanted: xa must depend on x and A
+            xa = flat @ a.T
+        dxa = (dy @ b) * ctx.scale  # (n, rank)
+        dx = dA = dB = None
+        if needs_A:
+            dA = (dxa.T @ flat).to(A.dtype)
+        if needs_B:
+            dB = (dy.T @ (xa * ctx.scale)).to(B.dtype)
+        if needs_x:
+            dx = (dy @ (W[0] if W else ctx.weight())).addmm_(dxa, a).view(x.shape)
+        return dx, dA, dB, None, None, None
+
+
+def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
+    """The weight with which `lora_linear` may stand for calling `base(x)`, None where only the call will do.
+
+    A layer with hooks, a replaced `forward`, weights that train or are of a tensor subclass, or an input in another
+    dtype, as under autocast, must be called. A class of the reader's own can offer `frozen_weight()`, which returns W
+    (d_out, d_in) in the dtype of its inputs.
+    """
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    if hooked or "forward" in vars(base) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if torch._C._are_functorch_transforms_active() or any(p.requires_grad for p in base.parameters()):
+        return None
+    if hasattr(base, "frozen_weight"):
+        return base.frozen_weight
+    transposed = type(base).__name__ == "Conv1D" and hasattr(base, "nf")  # GPT-2's, which stores W'
+    if not (type(base) is nn.Linear or transposed) or type(base.weight) is not nn.Parameter:
+        return None
+    W = base.weight.detach()
+    return (W.T if transposed else W) if W.dtype == x.dtype and W.is_floating_point() else None
