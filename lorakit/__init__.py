@@ -2,12 +2,13 @@
 
 from lorakit.adapter import load_adapter, save_adapter
 from lorakit.adapter_files import AdapterError
+from lorakit.batch import Example, encode
 from lorakit.generate import exact_match, greedy
 from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
 from lorakit.lora import LoRALinear
 from lorakit.models import load_model
 from lorakit.sql import execution_accuracy, load_sql
-from lorakit.train import Example, History, encode, fit
+from lorakit.train import History, fit
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.batch import Example, encode
 from lorakit.generate import exact_match, greedy
 from lorakit.sqlmake import shuffled
-from lorakit.train import Example, encode
 
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
 NEW_RELATION = "extension"

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.batch import IGNORE, Example, collate
+from lorakit.loss import labelled_logits
+from lorakit.machine import attention, fast
 from lorakit.progress import Progress
-from lorakit.train import IGNORE, Example, collate, labelled_logits
 
 
 def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -64,13 +66,15 @@ def greedy(
     answers, was_training = [""] * len(ids), model.training
     model.eval()
     try:
-        with Progress(len(ids), "generating", "answer", show) as progress:
+        with fast(model), Progress(len(ids), "generating", "answer", show) as progress:
             for batch in _in_batches([len(row) for row in ids], batch_size):
                 longest = len(ids[batch[0]])
                 pads = [longest - len(ids[i]) for i in batch]
                 tokens = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)])
                 mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-                output = model.generate(tokens.to(model.device), attention_mask=mask.to(model.device), **settings)
+                inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
+                with attention(longest, model.device, model.dtype):
+                    output = model.generate(**inputs, **settings)
                 for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                     end = next((k for k, token in enumerate(row) if token in ends), len(row))
                     answers[i] = tokenizer.decode(row[:end]).split(stop)[0]
@@ -102,7 +106,7 @@ def exact_match(
     device = next(model.parameters()).device
     model.eval()
     try:
-        with Progress(len(examples), "scoring", "example", show) as progress:
+        with fast(model), Progress(len(examples), "scoring", "example", show) as progress:
             for batch in _in_batches([len(example.input_ids) for example in examples], batch_size):
                 inputs = collate([examples[i] for i in batch], device)
                 logits, targets = labelled_logits(model, inputs)

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.batch import collate
 from lorakit.facts import encoded, facts, known_facts, recall
 from lorakit.fetch import fetch_model
 from lorakit.files import write_atomically
 from lorakit.inject import count, inject
+from lorakit.loss import completion_loss
 from lorakit.lowrank import RandomSubspace
 from lorakit.manifest import sha256
 from lorakit.models import load_model
 from lorakit.progress import Progress
-from lorakit.train import collate, completion_loss, fit
+from lorakit.train import fit
 
 COMMAND = "lorakit intrinsic data/intrinsic"
 
@@ -102,8 +104,8 @@ def run(arm: Arm, lr: float, seed: int, plan: Plan) -> dict[str, Any]:
     Returns:
         the record: recall, loss in nats a token, recall of what the base knew, CPU-seconds, and the circumstances.
     """
-    model, tokenizer = load_model("tiny")
-    items, parameters = facts(plan.n_facts, seed), count(model).total
+    (model, tokenizer), items = load_model("tiny"), facts(plan.n_facts, seed)
+    parameters = count(model).total
     trained, trainable = arm.prepare(model, seed)
     cpu = time.process_time()
     fit(
@@ -116,8 +118,7 @@ def run(arm: Arm, lr: float, seed: int, plan: Plan) -> dict[str, Any]:
         show=False,
     )
     cpu = time.process_time() - cpu
-    with torch.no_grad():
-        loss = completion_loss(trained, collate(encoded(tokenizer, items))).item()
+    loss = completion_loss(trained, collate(encoded(tokenizer, items))).item()
     return {
         **asdict(arm),
         "seed": seed,

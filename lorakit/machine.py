@@ -3,8 +3,14 @@
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Spin briefly, then sleep: a thread that waits for another does not take its core away. For GNU OpenMP, which torch on
 # Linux uses, and only before torch is imported: lorakit's kernels and the Makefile set it.
@@ -12,7 +18,80 @@ THREAD_ENV = {"GOMP_SPINCOUNT": "3000"}
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # names of mallopt's settings, from glibc's malloc.h
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 128 << 10, TOP_PAD: 0}  # glibc's own
 TRAINING = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
+MIN_NUMBERS = 256 * 256  # of a matrix; with smaller ones oneDNN is no faster
+MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
+MAX_TOKENS = 256  # up to this length the plain formula of attention is faster on a CPU than the blocked one
 _users = 0
+
+
+@contextmanager
+def fast(model: nn.Module) -> Iterator[None]:
+    """The settings with which a model on a CPU trains and answers fastest, with results exact to float32 rounding.
+
+    `kept_memory`, and oneDNN for float32 products of matrices where MKL is slower, as on AMD processors, and where
+    `onednn_gain` has measured that it is as exact. For small models and on other devices nothing changes.
+    """
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    on_cpu = bool(weights) and all(p.device.type == "cpu" for p in weights)
+    large = on_cpu and weights[0].dtype == torch.float32 and max(p.numel() for p in weights) >= MIN_NUMBERS
+    with ExitStack() as settings:
+        if on_cpu:
+            settings.enter_context(kept_memory())
+        if large and onednn_gain() >= MIN_GAIN:
+            settings.enter_context(_matmul_precision("medium"))
+        yield
+
+
+def attention(tokens: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """What `scaled_dot_product_attention` should run under, for sequences of so many tokens.
+
+    On a CPU, its blocked kernel multiplies small matrices one by one; through oneDNN, which float32 takes inside `fast`
+    and bfloat16 always, each has a cost of its own.
+    """
+    slow = dtype in (torch.bfloat16, torch.float16) or _precision() == "medium"
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and slow and tokens <= MAX_TOKENS else nullcontext()
+
+
+@cache
+def onednn_gain() -> float:
+    """How many times faster oneDNN multiplies float32 matrices than the default, 0 if it is not as exact (or absent).
+
+    torch calls oneDNN for float32 if the precision is "medium", which permits bfloat16 inside. Processors with matrix
+    units (AMX) use the permission and are refused here; others compute in float32 all the same.
+    """
+    if _precision() != "highest" or not torch.backends.mkldnn.is_available():
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 576, generator=generator) for n in (384, 1536))
+    exact, errors, seconds = x.double() @ W.double().T, {}, {}
+    for precision in ("highest", "medium"):
+        with _matmul_precision(precision):
+            errors[precision] = (x @ W.T - exact).norm().item()
+            seconds[precision] = min(_seconds(lambda: x @ W.T) for _ in range(10))
+    return seconds["highest"] / seconds["medium"] if errors["medium"] <= 4 * errors["highest"] else 0.0
+
+
+def _seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _precision() -> str | None:
+    """torch's precision of float32 products, None if it was set in torch's newer way, device by device."""
+    with suppress(RuntimeError):
+        return torch.get_float32_matmul_precision()
+    return None
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

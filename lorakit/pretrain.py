@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from lorakit import facts
+from lorakit.batch import Example, encode
 from lorakit.facts import BOS, EOS, PAD, Fact, encoded, known_facts, recall
 from lorakit.fetch import cache_dir
 from lorakit.generate import exact_match
 from lorakit.libraries import need, quiet
 from lorakit.manifest import seal
-from lorakit.train import Example, History, encode, fit
+from lorakit.train import History, fit
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 CONTEXT = 64  # tokens

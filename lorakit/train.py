@@ -4,82 +4,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from lorakit.machine import kept_memory
+from lorakit.batch import Example, collate, pack, packable, rows_of
+from lorakit.loss import completion_loss
+from lorakit.machine import fast
 from lorakit.progress import Progress
-
-IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised text and its labels: the same ids where the loss counts, `IGNORE` elsewhere."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    def __post_init__(self):
-        if len(self.input_ids) != len(self.labels):
-            raise ValueError(f"expected one label a token, got {len(self.input_ids)} ids, {len(self.labels)} labels")
-        if all(label == IGNORE for label in self.labels[1:]):
-            raise ValueError("expected at least one labelled token after the first, got none: nothing to learn from")
-
-
-def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
-    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only."""
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    return Example(prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids)
-
-
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, Int[Tensor, "batch seq"]]:
-    """Pads examples on the right to one length: input_ids, attention_mask and labels, as transformers' models take."""
-    longest = max(len(example.input_ids) for example in examples)
-
-    def stack(rows: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
-    ids = [example.input_ids for example in examples]
-    return {
-        "input_ids": stack(ids, 0),  # any id: the mask hides it
-        "attention_mask": stack([[1] * len(row) for row in ids], 0),
-        "labels": stack([example.labels for example in examples], IGNORE),
-    }
-
-
-def labelled_logits(
-    model: nn.Module, batch: dict[str, Int[Tensor, "batch seq"]]
-) -> tuple[Float[Tensor, "labelled vocab"], Int[Tensor, " labelled"]]:
-    """The logits that predict each labelled token, and those tokens, row by row.
-
-    The output head is the widest layer of a small model, so it is shown the labelled positions only. A model without
-    `get_output_embeddings` computes all logits, of which these are picked.
-    """
-    labels = batch["labels"]
-    before_label = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (batch, seq): True where the next token is labelled
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        logits = model(**inputs).logits[before_label]
-    else:
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][before_label].unsqueeze(0),))
-        try:
-            logits = model(**inputs).logits.squeeze(0)  # (labelled, vocab)
-        finally:
-            hook.remove()
-    return logits, labels[:, 1:][before_label[:, :-1]]
-
-
-def completion_loss(model: nn.Module, batch: dict[str, Int[Tensor, "batch seq"]]) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of the labelled tokens, each given the tokens before it."""
-    logits, targets = labelled_logits(model, batch)
-    return F.cross_entropy(logits.float(), targets)
 
 
 def linear_schedule(step: int, steps: int, warmup_steps: int) -> float:
@@ -157,11 +89,13 @@ def fit(
     history, was_training = History(), model.training
     model.train()
     try:
-        with torch.random.fork_rng(), kept_memory(), Progress(steps, "training", show=show) as progress:
+        with torch.random.fork_rng(), fast(model), Progress(steps, "training", show=show) as progress:
             torch.manual_seed(seed)
             for step, indices in enumerate(batches(len(examples), batch_size, steps, seed)):
                 wall, cpu = time.perf_counter(), time.process_time()
-                batch = collate([examples[i] for i in indices], device)
+                chosen = [examples[i] for i in indices]
+                crowded = len(rows_of([len(each.input_ids) for each in chosen])) < len(chosen) and packable(model)
+                batch = (pack if crowded else collate)(chosen, device)
                 loss = completion_loss(model, batch)
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(params, clip)
@@ -175,7 +109,7 @@ def fit(
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 history.loss.append(loss.item())
-                history.tokens.append(int(batch["attention_mask"].sum()))
+                history.tokens.append(sum(len(each.input_ids) for each in chosen))
                 history.seconds.append(time.perf_counter() - wall)
                 history.cpu_seconds.append(time.process_time() - cpu)
                 progress.update(1, f"loss {history.loss[-1]:.3f}")

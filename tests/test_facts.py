@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit import cli, fetch, fit, inject, load_model, pretrain
+from lorakit.batch import IGNORE
 from lorakit.facts import (
     EOS,
     FIRST_NAMES,
@@ -30,7 +31,6 @@ from lorakit.facts import (
     swapped,
 )
 from lorakit.manifest import MANIFEST, find_damage
-from lorakit.train import IGNORE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 ORDER = [  # from the ground up
     *("progress", "files", "manifest", "libraries", "machine"),
     *("fused", "lowrank", "lora", "dora", "nf4", "inject", "adapter_files", "adapter", "arithmetic", "budget"),
-    *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql", "train", "generate"),
+    *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql", "batch", "loss", "train", "generate"),
     *("facts", "pretrain"),
     *("sweep", "stats", "intrinsic", "intrinsic_card", "plots", "answers", "checks_lowrank", "checks_lora", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),

@@ -9,7 +9,9 @@ from test_inject import snapshot, unchanged
 from transformers import get_linear_schedule_with_warmup
 
 from lorakit import Example, encode, exact_match, fit, greedy, inject
-from lorakit.train import IGNORE, batches, collate, completion_loss, linear_schedule
+from lorakit.batch import IGNORE, collate
+from lorakit.loss import completion_loss
+from lorakit.train import batches, linear_schedule
 
 
 class Characters:

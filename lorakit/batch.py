@@ -1,0 +1,111 @@
+"""Texts as batches of tokens: padded to one length, or packed so that short ones share a row and nothing else."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
+Batch = dict[str, Int[Tensor, "batch seq"]]
+_packable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised text and its labels: the same ids where the loss counts, `IGNORE` elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __post_init__(self):
+        if len(self.input_ids) != len(self.labels):
+            raise ValueError(f"expected one label a token, got {len(self.input_ids)} ids, {len(self.labels)} labels")
+        if all(label == IGNORE for label in self.labels[1:]):
+            raise ValueError("expected at least one labelled token after the first, got none: nothing to learn from")
+
+
+def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
+    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only."""
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return Example(prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids)
+
+
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Pads examples on the right to one length: input_ids, attention_mask and labels, as transformers' models take."""
+    longest = max(len(example.input_ids) for example in examples)
+
+    def stack(rows: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
+
+    ids = [example.input_ids for example in examples]
+    return {
+        "input_ids": stack(ids, 0),  # any id: the mask hides it
+        "attention_mask": stack([[1] * len(row) for row in ids], 0),
+        "labels": stack([example.labels for example in examples], IGNORE),
+    }
+
+
+def rows_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Divides texts, by index, among rows as long as the longest text: first fit, longest first."""
+    capacity, rows, free = max(lengths), [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, left in enumerate(free) if left >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(capacity)
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    return rows
+
+
+def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Packs examples into rows: input_ids, position_ids and labels, for models that are `packable`.
+
+    Positions begin at 0 with each text, which is how transformers' models learn where one ends; no text sees another.
+    No row is longer than the longest text, so that packing never costs more than padding.
+    """
+    rows = rows_of([len(example.input_ids) for example in examples])
+    longest = max(len(example.input_ids) for example in examples)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
+    for row in rows:
+        texts = [examples[i] for i in row]
+        columns["input_ids"].append([token for text in texts for token in text.input_ids])
+        columns["position_ids"].append([place for text in texts for place in range(len(text.input_ids))])
+        columns["labels"].append([label for text in texts for label in (IGNORE, *text.labels[1:])])
+    fillers = {"input_ids": 0, "position_ids": 0, "labels": IGNORE}  # each filler is a text of its own
+    return {
+        name: torch.tensor([row + [fillers[name]] * (longest - len(row)) for row in values], device=device)
+        for name, values in columns.items()
+    }
+
+
+@torch.no_grad()
+def packable(model: nn.Module) -> bool:
+    """Tries whether a model keeps packed texts apart; asked again, it remembers.
+
+    What stands before a text must not change a bit of the text's logits, and they must be those of the text alone.
+    """
+    if model not in _packable:
+        device, was_training = next(model.parameters()).device, model.training
+        first, other, text = ([3, 1, 2, 4, 1], [2, 4, 3, 1, 3], [1, 3, 2, 4, 2, 1])
+        places = torch.tensor([[*range(len(first)), *range(len(text))]], device=device)
+        model.eval()
+        try:
+            alone = model(input_ids=torch.tensor([text], device=device)).logits.float()
+            behind = [
+                model(input_ids=torch.tensor([before + text], device=device), position_ids=places).logits.float()
+                for before in (first, other)
+            ]
+            same = torch.equal(*(logits[:, len(first) :] for logits in behind))
+            error = ((behind[0][:, len(first) :] - alone).norm() / alone.norm()).item()
+            _packable[model] = same and error < (1e-4 if next(model.parameters()).dtype.itemsize >= 4 else 0.05)
+        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no position_ids, or not such ones
+            _packable[model] = False
+        finally:
+            model.train(was_training)
+    return _packable[model]

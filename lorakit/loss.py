@@ -1,0 +1,122 @@
+"""Cross-entropy of the labelled tokens, without ever holding the logits of a whole batch."""
+
+import weakref
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorakit.batch import IGNORE, Batch
+from lorakit.fused import frozen_weight
+from lorakit.machine import attention
+
+CHUNK = 256  # tokens whose logits exist at a time
+_logits_are_the_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "labelled vocab"], Int[Tensor, " labelled"]]:
+    """The logits that predict each labelled token, and those tokens, row by row.
+
+    The output head is the widest layer of a small model, so it is shown the labelled positions only. A model without
+    `get_output_embeddings` computes all logits, of which these are picked.
+    """
+    before, targets = _labelled(batch)
+    head = _head(model)
+    if head is None:
+        return _forward(model, batch)[before], targets
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][before].unsqueeze(0),))
+    try:
+        return _forward(model, batch).squeeze(0), targets
+    finally:
+        hook.remove()
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
+    """The cross-entropy, in nats, of each labelled token, given the tokens before it, row by row.
+
+    Where the output head is a frozen linear layer and its output is the model's, the logits of `CHUNK` tokens exist at
+    a time, and each chunk's gradient is computed as soon as its logits are. Otherwise as the formula says.
+    """
+    head = _head(model)
+    W = None if head is None else frozen_weight(head, next(head.parameters(), batch["labels"]))
+    if W is None or not _is_last(model, head, batch):
+        logits, targets = labelled_logits(model, batch)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+    (before, targets), hidden = _labelled(batch), []
+
+    def keep(_, args):
+        hidden.append(args[0][before])  # (labelled, d)
+        return (args[0][:1, :0],)  # the head has nothing to do
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        _forward(model, batch)
+    finally:
+        hook.remove()
+    return _TokenLosses.apply(hidden[0], W, getattr(head, "bias", None), targets)
+
+
+def completion_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the labelled tokens, each given the tokens before it."""
+    return token_losses(model, batch).mean()
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of `h W' + b`; its gradient, (softmax - one-hot) W, is made while the logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        W = weight() if callable(weight) else weight  # (vocab, d)
+        losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits, target = F.linear(hidden[part], W, bias).to(losses.dtype), targets[part, None]  # (chunk, vocab)
+            total = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
+            losses[part] = (total - logits.gather(1, target)).squeeze(1)
+            if gradient is not None:
+                p = logits.sub_(total).exp_()
+                p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype))
+                gradient[part] = p.to(hidden.dtype) @ W
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_losses):
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_losses[:, None].to(gradient.dtype), None, None, None
+
+
+def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where the next token is labelled, (batch, seq), and those tokens, (labelled)."""
+    labels = batch["labels"]
+    before = F.pad(labels[:, 1:] != IGNORE, (0, 1))
+    return before, labels[:, 1:][before[:, :-1]]
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    like = next(model.parameters())
+    with attention(batch["input_ids"].shape[1], like.device, like.dtype):
+        return model(**inputs).logits
+
+
+@torch.no_grad()
+def _is_last(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
+    """Tries, once a head, whether the model returns what its head does: some scale the logits, or cap them."""
+    if head not in _logits_are_the_heads:
+        seen = []
+        hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            logits = model(input_ids=batch["input_ids"][:1, :2]).logits
+        finally:
+            hook.remove()
+        _logits_are_the_heads[head] = len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+    return _logits_are_the_heads[head]
