@@ -1,9 +1,8 @@
 """How many dimensions a task needs: training in random subspaces, recorded run by run, and d90 read off.
 
 `lorakit intrinsic FOLDER` teaches the tiny base 24 and 48 facts in random d-dimensional subspaces of its parameters,
-with LoRA and in full, each at its own best learning rate. Stopped, it goes on where it was.
-
-Source: Li et al. 2018 (arXiv:1804.08838), who name d90; Aghajanyan et al. 2020 (arXiv:2012.13255), for fine-tuning.
+with LoRA and in full, each at its own best learning rate. Stopped, it goes on where it was. Sources: Li et al. 2018
+(arXiv:1804.08838), who name d90; Aghajanyan et al. 2020 (arXiv:2012.13255), for fine-tuning.
 """
 
 import json

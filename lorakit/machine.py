@@ -18,22 +18,27 @@ THREAD_ENV = {"GOMP_SPINCOUNT": "3000"}
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # names of mallopt's settings, from glibc's malloc.h
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 128 << 10, TOP_PAD: 0}  # glibc's own
 TRAINING = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
-MIN_NUMBERS = 256 * 256  # of a matrix; with smaller ones oneDNN is no faster
+MIN_PRODUCT = 256**3  # multiplications in the largest product of a step; with fewer oneDNN is no faster
 MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
 MAX_TOKENS = 256  # up to this length the plain formula of attention is faster on a CPU than the blocked one
 _users = 0
 
 
 @contextmanager
-def fast(model: nn.Module) -> Iterator[None]:
+def fast(model: nn.Module, tokens: float) -> Iterator[None]:
     """The settings with which a model on a CPU trains and answers fastest, with results exact to float32 rounding.
 
     `kept_memory`, and oneDNN for float32 products of matrices where MKL is slower, as on AMD processors, and where
-    `onednn_gain` has measured that it is as exact. For small models and on other devices nothing changes.
+    `onednn_gain` has measured that it is as exact. For small products and on other devices nothing changes.
+
+    Args:
+        model: what will run.
+        tokens: about how many it will see at a time.
     """
     weights = [p for p in model.parameters() if p.ndim == 2]
     on_cpu = bool(weights) and all(p.device.type == "cpu" for p in weights)
-    large = on_cpu and weights[0].dtype == torch.float32 and max(p.numel() for p in weights) >= MIN_NUMBERS
+    float32 = on_cpu and weights[0].dtype == torch.float32
+    large = float32 and tokens * max(p.numel() for p in weights) >= MIN_PRODUCT
     with ExitStack() as settings:
         if on_cpu:
             settings.enter_context(kept_memory())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorakit.batch import Example, collate, pack, packable, rows_of
-from lorakit.loss import completion_loss
+from lorakit.batch import IGNORE, Example, collate, pack, packable, rows_of
+from lorakit.loss import token_losses
 from lorakit.machine import fast
 from lorakit.progress import Progress
 
@@ -28,7 +28,7 @@ class History:
     loss: list[float] = field(default_factory=list)  # nats a labelled token
     lr: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # in the batch, padding not counted
-    seconds: list[float] = field(default_factory=list)  # wall time
+    seconds: list[float] = field(default_factory=list)  # wall time; a fair share of it, if several runs share a loop
     cpu_seconds: list[float] = field(default_factory=list)  # of all threads of this process
 
     def __str__(self) -> str:
@@ -44,6 +44,18 @@ def batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
     epochs = math.ceil(steps * batch_size / n)
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)]).tolist()
     return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
+
+
+@dataclass
+class Run:
+    """One training: what it moves, what it reads, and what became of it. Several can share a loop, see `train`."""
+
+    params: list[nn.Parameter]
+    examples: Sequence[Example]
+    lr: float
+    seed: int
+    history: History = field(default_factory=History)
+    error: str = ""  # why it stopped early
 
 
 def fit(
@@ -80,55 +92,106 @@ def fit(
         ValueError: nothing requires a gradient, no examples, or an example longer than the model's context.
         FloatingPointError: the loss or a gradient is NaN or infinite. The model keeps the last finite weights.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    _check(model, params, examples, steps, batch_size, lr, warmup)
-    device = params[0].device
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed)
+    train(model, [run], steps, batch_size, warmup, weight_decay, clip, show)
+    if run.error:
+        raise FloatingPointError(run.error)
+    return run.history
+
+
+def train(
+    model: nn.Module,
+    runs: Sequence[Run],
+    steps: int,
+    batch_size: int,
+    warmup: float,
+    weight_decay: float,
+    clip: float,
+    show: bool,
+) -> None:
+    """Does the trainings of `runs` in one loop, as `fit` does one: each has its part of the batch, in their order.
+
+    The model must keep the parts apart, as a `LoRAStack` does. Each run has its own order of data, learning rate and
+    clipping. One that diverges stops, with the reason in its `error` and its last finite weights; the others go on.
+    """
+    for run in runs:
+        _check(model, run, steps, batch_size, warmup)
+    device, groups = runs[0].params[0].device, [{"params": run.params, "lr": run.lr} for run in runs]
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
     warmup_steps = math.ceil(steps * warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup_steps))
-    history, was_training = History(), model.training
+    orders = [batches(len(run.examples), batch_size, steps, run.seed) for run in runs]
+    tokens = batch_size * sum(sum(len(text.input_ids) for text in run.examples) / len(run.examples) for run in runs)
+    was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(), fast(model), Progress(steps, "training", show=show) as progress:
-            torch.manual_seed(seed)
-            for step, indices in enumerate(batches(len(examples), batch_size, steps, seed)):
+        with torch.random.fork_rng(), fast(model, tokens), Progress(steps, "training", show=show) as progress:
+            torch.manual_seed(runs[0].seed)
+            for step in range(steps):
                 wall, cpu = time.perf_counter(), time.process_time()
-                chosen = [examples[i] for i in indices]
-                crowded = len(rows_of([len(each.input_ids) for each in chosen])) < len(chosen) and packable(model)
-                batch = (pack if crowded else collate)(chosen, device)
-                loss = completion_loss(model, batch)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(params, clip)
-                if not (loss.isfinite() and norm.isfinite()):
-                    raise FloatingPointError(
-                        f"expected a finite loss and gradient, got {loss.item():g} and {norm.item():g} at step {step}: "
-                        f"the weights are those before it; try a learning rate below {lr:g}"
-                    )
-                history.lr.append(optimizer.param_groups[0]["lr"])
+                chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
+                losses = _losses(model, chosen, device)
+                sum(losses).backward()
+                rates = [group["lr"] for group in optimizer.param_groups]
+                for run, loss in zip(runs, losses, strict=True):
+                    _clip(run, loss, step, clip)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-                history.loss.append(loss.item())
-                history.tokens.append(sum(len(each.input_ids) for each in chosen))
-                history.seconds.append(time.perf_counter() - wall)
-                history.cpu_seconds.append(time.process_time() - cpu)
-                progress.update(1, f"loss {history.loss[-1]:.3f}")
+                shares = (time.perf_counter() - wall) / len(runs), (time.process_time() - cpu) / len(runs)
+                for run, loss, rate, texts in zip(runs, losses, rates, chosen, strict=True):
+                    if not run.error:
+                        _note(run.history, loss.item(), rate, sum(len(text.input_ids) for text in texts), *shares)
+                going = [run.history.loss[-1] for run in runs if not run.error]
+                if not going:
+                    break
+                progress.update(1, f"loss {sum(going) / len(going):.3f}")
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-    return history
 
 
-def _check(model, params, examples, steps, batch_size, lr, warmup) -> None:
-    if not params:
+def _losses(model: nn.Module, chosen: list[list[Example]], device: torch.device) -> list[Tensor]:
+    """The mean loss of each run's texts, from one forward pass."""
+    texts = [text for some in chosen for text in some]
+    crowded = len(chosen) == 1 and len(rows_of([len(text.input_ids) for text in texts])) < len(texts)
+    batch = (pack if crowded and packable(model) else collate)(texts, device)
+    counts = [sum(label != IGNORE for text in some for label in text.labels[1:]) for some in chosen]
+    return [part.mean() for part in token_losses(model, batch).split(counts)]
+
+
+def _clip(run: Run, loss: Tensor, step: int, clip: float) -> None:
+    """Scales a run's gradients down to the norm `clip`; stops the run if they are not finite."""
+    if not run.error:
+        norm = torch.nn.utils.clip_grad_norm_(run.params, clip)
+        if loss.isfinite() and norm.isfinite():
+            return
+        run.error = (
+            f"expected a finite loss and gradient, got {loss.item():g} and {norm.item():g} at step {step}: "
+            f"the weights are those before it; try a learning rate below {run.lr:g}"
+        )
+    for parameter in run.params:
+        parameter.grad = None  # the optimiser passes it over
+
+
+def _note(history: History, loss: float, lr: float, tokens: int, seconds: float, cpu_seconds: float) -> None:
+    history.loss.append(loss)
+    history.lr.append(lr)
+    history.tokens.append(tokens)
+    history.seconds.append(seconds)
+    history.cpu_seconds.append(cpu_seconds)
+
+
+def _check(model: nn.Module, run: Run, steps: int, batch_size: int, warmup: float) -> None:
+    if not run.params:
         raise ValueError("expected parameters that require a gradient, got none: inject() adapters first")
-    if not examples:
+    if not run.examples:
         raise ValueError("expected at least one example, got none")
-    if steps < 1 or batch_size < 1 or not 0 <= warmup < 1 or not (lr > 0 and math.isfinite(lr)):
+    if steps < 1 or batch_size < 1 or not 0 <= warmup < 1 or not (run.lr > 0 and math.isfinite(run.lr)):
         raise ValueError(
-            f"expected steps, batch_size >= 1, lr > 0, 0 <= warmup < 1, got {(steps, batch_size, lr, warmup)}"
+            f"expected steps, batch_size >= 1, lr > 0, 0 <= warmup < 1, got {(steps, batch_size, run.lr, warmup)}"
         )
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(len(example.input_ids) for example in run.examples)
     if context is not None and longest > context:
         raise ValueError(f"expected examples of at most {context} tokens, the model's context, got {longest}")
