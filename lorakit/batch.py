@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
+PACKED = {"use_cache": False}  # with a cache, transformers' models take packed texts for one
 Batch = dict[str, Int[Tensor, "batch seq"]]
 _packable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -98,7 +99,9 @@ def packable(model: nn.Module) -> bool:
         try:
             alone = model(input_ids=torch.tensor([text], device=device)).logits.float()
             behind = [
-                model(input_ids=torch.tensor([before + text], device=device), position_ids=places).logits.float()
+                model(
+                    input_ids=torch.tensor([before + text], device=device), position_ids=places, **PACKED
+                ).logits.float()
                 for before in (first, other)
             ]
             same = torch.equal(*(logits[:, len(first) :] for logits in behind))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.batch import IGNORE, Batch
+from lorakit.batch import IGNORE, PACKED, Batch
 from lorakit.fused import frozen_weight
 from lorakit.machine import attention
 
@@ -103,6 +103,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {name: values for name, values in batch.items() if name != "labels"}
+    inputs |= PACKED if "position_ids" in batch else {}
     like = next(model.parameters())
     with attention(batch["input_ids"].shape[1], like.device, like.dtype):
         return model(**inputs).logits

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lorakit import machine
 
@@ -65,3 +66,66 @@ def test_memory_is_kept_while_it_is_open_and_given_back_afterwards():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     inside, outside = map(int, done.stdout.split())
     assert inside * 20 < outside
+
+
+def test_fast_takes_back_the_precision(monkeypatch):
+    monkeypatch.setattr(machine, "onednn_gain", lambda: 2.0)
+    model = torch.nn.Linear(576, 576)
+    for dtype, tokens, inside in (
+        (torch.float32, 400, "medium"),
+        (torch.float32, 2, "highest"),
+        (torch.bfloat16, 400, "highest"),
+    ):
+        with machine.fast(model.to(dtype), tokens):
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(KeyError), machine.fast(model.float(), 400):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.1])
+def test_onednn_is_not_used_where_it_is_inexact_or_no_faster(gain, monkeypatch):
+    monkeypatch.setattr(machine, "onednn_gain", lambda: gain)
+    with machine.fast(torch.nn.Linear(576, 576), 400):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_inexact_products_are_refused(monkeypatch):
+    class Rounded(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            medium = function.overloadpacket is torch.ops.aten.mm and output.dtype == torch.float32
+            return output.bfloat16().float() if medium and machine._precision() == "medium" else output
+
+    machine.onednn_gain.cache_clear()
+    with Rounded():
+        assert machine.onednn_gain() == 0
+    machine.onednn_gain.cache_clear()
+
+
+def test_products_inside_fast_are_float32_exact():
+    torch.manual_seed(0)
+    x, layer = torch.randn(400, 576), torch.nn.Linear(576, 1536)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad(), machine.fast(layer, len(x)):
+        assert (layer(x) - exact).norm() / exact.norm() < 1e-6
+
+
+def test_a_precision_that_the_user_has_chosen_stays():
+    torch.set_float32_matmul_precision("high")
+    machine.onednn_gain.cache_clear()
+    try:
+        assert machine.onednn_gain() == 0
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        machine.onednn_gain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "plain"), [(40, torch.bfloat16, True), (400, torch.bfloat16, False), (40, torch.float32, False)]
+)
+def test_short_attention_takes_the_plain_kernel_only_where_it_pays(tokens, dtype, plain):
+    with machine.attention(tokens, torch.device("cpu"), dtype):
+        assert torch.backends.cuda.flash_sdp_enabled() is not plain
+    assert torch.backends.cuda.flash_sdp_enabled()
