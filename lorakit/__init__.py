@@ -3,9 +3,11 @@
 from lorakit.adapter import load_adapter, save_adapter
 from lorakit.adapter_files import AdapterError
 from lorakit.batch import Example, encode
+from lorakit.fold import folded
 from lorakit.generate import exact_match, greedy
 from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
 from lorakit.lora import LoRALinear
+from lorakit.many import Fitted, Spec, fit_many
 from lorakit.models import load_model
 from lorakit.sql import execution_accuracy, load_sql
 from lorakit.train import History, fit
@@ -15,8 +17,10 @@ __all__ = [
     "AdapterError",
     "Count",
     "Example",
+    "Fitted",
     "History",
     "LoRALinear",
+    "Spec",
     "adapters",
     "count",
     "encode",
@@ -24,6 +28,8 @@ __all__ = [
     "execution_accuracy",
     "find_targets",
     "fit",
+    "fit_many",
+    "folded",
     "greedy",
     "inject",
     "load_adapter",

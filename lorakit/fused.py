@@ -50,19 +50,20 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, weight, bias, scale):
         W, flat = weight() if callable(weight) else weight, x.reshape(-1, x.shape[-1])  # (n, d_in)
-        xa = flat @ A.to(x.dtype).T  # (n, rank)
-        y = F.linear(flat, W, bias).addmm_(xa, B.to(x.dtype).T, alpha=scale)  # (n, d_out)
-        ctx.save_for_backward(x, A, B, xa, *([] if callable(weight) else [W]))
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        xa = flat @ a.T  # (n, rank)
+        y = F.linear(flat, W, bias).addmm_(xa, b.T, alpha=scale)  # (n, d_out)
+        ctx.save_for_backward(x, A, B, a, b, xa, *([] if callable(weight) else [W]))
         ctx.weight, ctx.scale = weight if callable(weight) else None, scale
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B, xa, *W = ctx.saved_tensors
+        x, A, B, a, b, xa, *W = ctx.saved_tensors
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (n, d_in), (n, d_out)
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        if torch.is_grad_enabled():  # a second derivative is wanted: xa must depend on x and A
+        if torch.is_grad_enabled():  # a second derivative is wanted: what was computed must depend on x, A and B
+            a, b = A.to(x.dtype), B.to(x.dtype)
             xa = flat @ a.T
         dxa = (dy @ b) * ctx.scale  # (n, rank)
         dx = dA = dB = None

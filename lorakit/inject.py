@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -125,10 +125,16 @@ def check_plain(model: nn.Module) -> None:
 
 def replace(model: nn.Module, modules: dict[nn.Module, nn.Module]) -> None:
     """Puts each new module wherever the model has the old one, in place."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and module in modules:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, modules[module])
+    for parent, child, module in places(model, modules):
+        setattr(parent, child, modules[module])
+
+
+def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every place at which a model holds one of `modules`, as (parent, name in it, module)."""
+    found = []
+    for parent in model.modules():
+        found += [(parent, child, module) for child, module in parent._modules.items() if module in modules]
+    return found
 
 
 def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> Count:
@@ -207,8 +213,11 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def _unwrap(model: nn.Module, plain_of: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    for layer in adapters(model).values():
-        replace(model, {layer: plain_of(layer)})  # one by one: never more than one layer in memory twice
+    plain: dict[nn.Module, nn.Module] = {}
+    for parent, child, layer in places(model, set(adapters(model).values())):
+        if layer not in plain:
+            plain[layer] = plain_of(layer)
+        setattr(parent, child, plain[layer])  # one by one: never more than one layer in memory twice
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

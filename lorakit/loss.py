@@ -12,7 +12,7 @@ from lorakit.batch import IGNORE, PACKED, Batch
 from lorakit.fused import frozen_weight
 from lorakit.machine import attention
 
-CHUNK = 256  # tokens whose logits exist at a time
+CHUNK = 128  # tokens whose logits exist at a time
 _logits_are_the_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -74,10 +74,11 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits, target = F.linear(hidden[part], W, bias).to(losses.dtype), targets[part, None]  # (chunk, vocab)
-            total = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
-            losses[part] = (total - logits.gather(1, target)).squeeze(1)
+            logp = logits.log_softmax(-1)
+            del logits
+            losses[part] = -logp.gather(1, target).squeeze(1)
             if gradient is not None:
-                p = logits.sub_(total).exp_()
+                p = logp.exp_()
                 p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype))
                 gradient[part] = p.to(hidden.dtype) @ W
         ctx.save_for_backward(gradient)

@@ -1,0 +1,246 @@
+"""What is compared with what. Every function returns name -> record; the first arm of each is PEFT, or TRL."""
+
+import contextlib
+import math
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from paired import Comparison, alternate, peak_bytes, rounds_from, seconds
+
+import lorakit
+from lorakit.batch import collate
+from lorakit.facts import encoded, facts
+from lorakit.libraries import quiet
+from lorakit.loss import completion_loss
+from lorakit.machine import fast
+from lorakit.many import Spec, fit_many
+from lorakit.train import batches, linear_schedule
+
+with quiet():
+    import peft
+
+SQL = {"steps": 44, "lr": 3e-3, "batch_size": 8}  # lesson 00's training
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def peft_model(dtype=torch.float32, rank=16, alpha=32, name="smollm2", seed=0):
+    model, tokenizer = lorakit.load_model(name, dtype=dtype)
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config).train(), tokenizer
+
+
+def our_model(dtype=torch.float32, rank=16, alpha=32, name="smollm2", seed=0):
+    model, tokenizer = lorakit.load_model(name, dtype=dtype)
+    torch.manual_seed(seed)
+    lorakit.inject(model, rank, alpha)
+    return model.train(), tokenizer
+
+
+def random_batch(rows=4, length=128):
+    """Every token is labelled, so that both sides do the same arithmetic."""
+    ids = torch.randint(5, 49_000, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def stepper(model, loss_of, batch, settings):
+    def step():
+        with settings():
+            loss_of(batch).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def step():
+    """One LoRA step of the same arithmetic, rank 8, 4 x 128 tokens, all labelled; PEFT also with lorakit's settings."""
+    found, batch = {}, random_batch()
+    for name, dtype in DTYPES.items():
+        (theirs, _), (ours, _) = peft_model(dtype, 8, 16), our_model(dtype, 8, 16)
+
+        def settings(model=ours):
+            return fast(model, 512)
+
+        arms = {
+            "PEFT": stepper(theirs, lambda b, m=theirs: m(**b).loss, batch, contextlib.nullcontext),
+            "PEFT, lorakit's settings": stepper(theirs, lambda b, m=theirs: m(**b).loss, batch, settings),
+            "lorakit": stepper(ours, lambda b, m=ours: completion_loss(m, b), batch, settings),
+        }
+        found[f"LoRA step, {name}"] = alternate(arms, rounds_from(7)).record()
+    return found
+
+
+def memory():
+    """By how much a step's peak exceeds what is resident before it."""
+    found, batch = {}, random_batch()
+    for name, dtype in DTYPES.items():
+        values = {"PEFT": [], "lorakit": []}
+        for arm, make, loss_of in (
+            ("PEFT", peft_model, lambda m, b: m(**b).loss),
+            ("lorakit", our_model, completion_loss),
+        ):
+            model, _ = make(dtype, 8, 16)
+            work = stepper(model, lambda b, m=model, f=loss_of: f(m, b), batch, contextlib.nullcontext)
+            work()
+            values[arm] = [peak_bytes(work) / 1e6 for _ in range(rounds_from(5))]
+        found[f"memory a step adds, {name}"] = Comparison("MB", values).record()
+    return found
+
+
+def gradients():
+    """The largest relative difference from PEFT's gradients, tensor by tensor, float32."""
+    (theirs, tokenizer), (ours, _) = peft_model(), our_model()
+    items = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in lorakit.load_sql("train")[:8]]
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for name, layer in lorakit.adapters(ours).items():
+        other = theirs.get_submodule(f"base_model.model.{name}")
+        layer.B.data.normal_(0, 0.02, generator=generator)
+        other.lora_A["default"].weight.data.copy_(layer.A)
+        other.lora_B["default"].weight.data.copy_(layer.B)
+        pairs += [(layer.A, other.lora_A["default"].weight), (layer.B, other.lora_B["default"].weight)]
+    with fast(ours, 400):
+        completion_loss(ours, collate(items)).backward()
+    theirs(**collate(items)).loss.backward()
+    worst = max(((a.grad - b.grad).norm() / b.grad.norm()).item() for a, b in pairs)
+    return {"gradients against PEFT": {"unit": "relative", "worst": worst}}
+
+
+def peft_loop(model, items, seed, steps=44, lr=3e-3):
+    """The plain loop that people write: AdamW, warm-up, clipping, the model's own loss."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, steps, math.ceil(steps / 10)))
+    for indices in batches(len(items), 8, steps, seed):
+        model(**collate([items[i] for i in indices])).loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def sft(model, tokenizer, split, seed, folder, steps=44, lr=3e-3):
+    """TRL's trainer as fast as it goes on a CPU in float32: no checkpointing, no packing, nothing saved or logged."""
+    with quiet():
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+    columns = {"prompt": [i.prompt for i in split], "completion": [i.completion for i in split]}
+    settings = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
+    config = SFTConfig(
+        **settings, output_dir=folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=lr, seed=seed,
+        warmup_steps=0.1, lr_scheduler_type="linear", weight_decay=0.0, save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    with quiet():
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
+        )
+    return trainer
+
+
+def training():
+    """The whole training of the SQL task, 44 steps of 8, rank 16; accuracy on questions about new tables."""
+    rounds, split = rounds_from(3), lorakit.load_sql("train")
+    times, right = {}, {}
+    for seed in range(rounds):
+        for arm in ("TRL SFTTrainer", "PEFT, plain loop", "lorakit, float32", "lorakit, bfloat16"):
+            dtype = DTYPES["bfloat16" if "bfloat16" in arm else "float32"]
+            model, tokenizer = (our_model if "lorakit" in arm else peft_model)(dtype, seed=seed)
+            items = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in split]
+            if "TRL" in arm:
+                folder = tempfile.mkdtemp()
+                trainer = sft(model, tokenizer, split, seed, folder)
+                took = seconds(trainer.train)
+                shutil.rmtree(folder)
+            elif "PEFT" in arm:
+                took = seconds(lambda m=model, i=items, s=seed: peft_loop(m, i, s))
+            else:
+                took = seconds(lambda m=model, i=items, s=seed: lorakit.fit(m, i, **SQL, seed=s, show=False))
+            test = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in lorakit.load_sql("tables")[:208]]
+            times.setdefault(arm, []).append(took)
+            right.setdefault(arm, []).append(sum(lorakit.exact_match(model, test, show=False)) / len(test))
+            print(f"    seed {seed}, {arm}: {took:.1f} s, {right[arm][-1]:.1%}", flush=True)
+    record = Comparison("s", times).record()
+    for arm, values in right.items():
+        record["arms"][arm]["accuracy"] = values
+    loops = {arm: values for arm, values in times.items() if "TRL" not in arm}
+    return {"whole SQL training": record, "training, against the loop": Comparison("s", loops).record()}
+
+
+def many():
+    """Eight adapters of the tiny base at once, against PEFT one by one; ranks 1 to 16, 60 steps each."""
+    specs = [Spec(rank, 2 * rank, 1e-3, seed=i) for i, rank in enumerate((1, 2, 4, 4, 8, 8, 16, 16))]
+    model, tokenizer = lorakit.load_model("tiny")
+    items = encoded(tokenizer, facts(48, 1))
+
+    def one_by_one():
+        for spec in specs:
+            one = peft_model(rank=spec.rank, alpha=spec.alpha, name="tiny", seed=spec.seed)[0]
+            peft_loop(one, items, spec.seed, 60, spec.lr)
+
+    arms = {"PEFT, one by one": one_by_one, "lorakit": lambda: fit_many(model, items, specs, steps=60, show=False)}
+    return {"eight adapters of the tiny base": alternate(arms, rounds_from(5)).record()}
+
+
+def files():
+    """Merging an adapter into SmolLM2, rank 16; saving and loading it."""
+    (theirs, _), (ours, _) = peft_model(), our_model()
+    plain, _ = lorakit.load_model("smollm2")
+    other, _ = lorakit.load_model("smollm2")
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = Path(folder, "peft"), Path(folder, "ours")
+
+        def peft_io():
+            with quiet():
+                theirs.save_pretrained(a)
+                peft.PeftModel.from_pretrained(plain, a).unload()
+
+        def our_io():
+            lorakit.save_adapter(ours, b)
+            lorakit.load_adapter(other, b)
+            lorakit.remove(other)
+
+        io = alternate({"PEFT": peft_io, "lorakit": our_io}, rounds_from(7)).record()
+
+    def peft_merge():
+        theirs.merge_adapter()
+        theirs.unmerge_adapter()
+
+    def our_merge():
+        with lorakit.folded(ours):
+            pass
+
+    merging = alternate({"PEFT": peft_merge, "lorakit": our_merge}, rounds_from(7)).record()
+    return {"save + load": io, "merge + unmerge": merging}
+
+
+def floor():
+    """The matrix products of a LoRA step alone (4 N FLOP a token), as a share of the whole step."""
+    found, batch = {}, random_batch()
+    for name, dtype in DTYPES.items():
+        model, _ = our_model(dtype, 8, 16)
+        layers = [layer.base.weight for layer in lorakit.adapters(model).values()]
+        layers.append(model.get_output_embeddings().weight)
+        x = {w.shape: torch.randn(512, w.shape[1]).to(dtype) for w in layers}
+        dy = {w.shape: torch.randn(512, w.shape[0]).to(dtype) for w in layers}
+
+        def products(layers=layers, x=x, dy=dy, model=model):
+            with torch.no_grad(), fast(model, 512):
+                for w in layers:
+                    x[w.shape] @ w.T
+                    dy[w.shape] @ w
+
+        work = stepper(model, lambda b, m=model: completion_loss(m, b), batch, lambda m=model: fast(m, 512))
+        record = alternate({"lorakit's step": work, "its products alone": products}, rounds_from(7)).record()
+        flop = 4 * 512 * sum(w.numel() for w in layers)
+        record["GFLOP_per_s"] = flop / record["arms"]["its products alone"]["median"] / 1e9
+        found[f"share of the products, {name}"] = record
+    return found
+
+
+CASES = {f.__name__: f for f in (step, memory, gradients, floor, many, files, training)}
