@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
 
 @dataclass
 class Comparison:
@@ -54,12 +56,16 @@ def alternate(arms: dict[str, Callable[[], object]], rounds: int, warm: int = 1)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """By how much the process's resident memory grows at most during a call (Linux with glibc)."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left behind would hide the growth
+    """By how much the process's memory in use grows at most during a call (Linux with glibc)."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # every tensor comes from the system and goes back: resident is in use
+    work()
+    libc.malloc_trim(0)  # what earlier calls have left behind would hide the growth
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak so far
     before = _status("VmRSS")
     work()
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     return _status("VmHWM") - before
 
 
