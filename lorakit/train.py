@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.batch import IGNORE, Example, collate, pack, packable, rows_of
+from lorakit.gated import lean
 from lorakit.loss import token_losses
 from lorakit.machine import fast
 from lorakit.progress import Progress
@@ -125,7 +126,12 @@ def train(
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(), fast(model, tokens), Progress(steps, "training", show=show) as progress:
+        with (
+            torch.random.fork_rng(),
+            fast(model, tokens),
+            lean(model),
+            Progress(steps, "training", show=show) as progress,
+        ):
             torch.manual_seed(runs[0].seed)
             for step in range(steps):
                 wall, cpu = time.perf_counter(), time.process_time()

@@ -13,6 +13,7 @@ from paired import Comparison, alternate, peak_bytes, rounds_from, seconds
 import lorakit
 from lorakit.batch import collate
 from lorakit.facts import encoded, facts
+from lorakit.gated import lean
 from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
 from lorakit.machine import fast
@@ -57,6 +58,13 @@ def stepper(model, loss_of, batch, settings):
     return step
 
 
+@contextlib.contextmanager
+def as_fit(model):
+    """What `fit` trains under."""
+    with fast(model, 512), lean(model):
+        yield
+
+
 def step():
     """One LoRA step of the same arithmetic, rank 8, 4 x 128 tokens, all labelled; PEFT also with lorakit's settings."""
     found, batch = {}, random_batch()
@@ -64,7 +72,7 @@ def step():
         (theirs, _), (ours, _) = peft_model(dtype, 8, 16), our_model(dtype, 8, 16)
 
         def settings(model=ours):
-            return fast(model, 512)
+            return as_fit(model)
 
         arms = {
             "PEFT": stepper(theirs, lambda b, m=theirs: m(**b).loss, batch, contextlib.nullcontext),
@@ -85,7 +93,8 @@ def memory():
             ("lorakit", our_model, completion_loss),
         ):
             model, _ = make(dtype, 8, 16)
-            work = stepper(model, lambda b, m=model, f=loss_of: f(m, b), batch, contextlib.nullcontext)
+            around = (lambda m=model: lean(m)) if arm == "lorakit" else contextlib.nullcontext
+            work = stepper(model, lambda b, m=model, f=loss_of: f(m, b), batch, around)
             work()
             values[arm] = [peak_bytes(work) / 1e6 for _ in range(rounds_from(5))]
         found[f"memory a step adds, {name}"] = Comparison("MB", values).record()
@@ -104,7 +113,7 @@ def gradients():
         other.lora_A["default"].weight.data.copy_(layer.A)
         other.lora_B["default"].weight.data.copy_(layer.B)
         pairs += [(layer.A, other.lora_A["default"].weight), (layer.B, other.lora_B["default"].weight)]
-    with fast(ours, 400):
+    with as_fit(ours):
         completion_loss(ours, collate(items)).backward()
     theirs(**collate(items)).loss.backward()
     worst = max(((a.grad - b.grad).norm() / b.grad.norm()).item() for a, b in pairs)
@@ -235,7 +244,7 @@ def floor():
                     x[w.shape] @ w.T
                     dy[w.shape] @ w
 
-        work = stepper(model, lambda b, m=model: completion_loss(m, b), batch, lambda m=model: fast(m, 512))
+        work = stepper(model, lambda b, m=model: completion_loss(m, b), batch, lambda m=model: as_fit(m))
         record = alternate({"lorakit's step": work, "its products alone": products}, rounds_from(7)).record()
         flop = 4 * 512 * sum(w.numel() for w in layers)
         record["GFLOP_per_s"] = flop / record["arms"]["its products alone"]["median"] / 1e9

@@ -1,0 +1,99 @@
+"""Gated blocks with less memory compute the same; what is not such a block stays as it is."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from architectures import build
+from test_loss import adapted, examples, relative
+
+from lorakit import adapters, fit, inject
+from lorakit.batch import collate
+from lorakit.gated import lean
+from lorakit.loss import completion_loss
+
+GATED = ["llama", "llama-biased-tied", "mistral-gqa", "qwen2", "qwen3"]
+
+
+def gradients(model, batch):
+    loss = completion_loss(model, batch)
+    return loss, torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_loss_and_gradients_are_the_same(name):
+    model, batch = adapted(name), collate(examples(6))
+    with lean(model) as count:
+        assert count == 2
+        ours = gradients(model, batch)
+    theirs = gradients(model, batch)
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "opt", "phi", "phi3", "gpt-neox"])
+def test_other_blocks_stay_as_they_are(name):
+    model = adapted(name)
+    before = [vars(module).get("forward") for module in model.modules()]
+    with lean(model) as count:
+        assert count == 0
+        assert [vars(module).get("forward") for module in model.modules()] == before
+
+
+def kept(model, batch):
+    """Numbers that the forward pass keeps for the backward one, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = completion_loss(model, batch)
+    del loss
+    return sum(size for place, size in sizes.items() if place not in own)
+
+
+def test_half_of_the_blocks_memory_is_not_kept():
+    model, batch = adapted("llama"), collate(examples(20))
+    wide = batch["input_ids"].numel() * 24 * 4  # bytes of one of the four wide tensors of a block
+    plain = kept(model, batch)
+    with lean(model):
+        assert plain - kept(model, batch) == pytest.approx(2 * 2 * wide, rel=0.05)
+
+
+def test_without_gradients_and_with_dropout_it_is_the_model():
+    model, batch = adapted("llama"), collate(examples(4))
+    with torch.no_grad():
+        expected = completion_loss(model, batch)
+        with lean(model):
+            assert torch.equal(completion_loss(model, batch), expected)
+    dropping, losses = build("llama"), []
+    inject(dropping, 2, 4, dropout=0.5)
+    dropping.train()
+    for context in (lean(dropping), nullcontext()):
+        with context:  # with B = 0 the probe cannot see the dropout; the step must
+            torch.manual_seed(0)
+            for layer in adapters(dropping).values():
+                torch.nn.init.ones_(layer.B)
+            losses.append(completion_loss(dropping, batch))
+    assert torch.equal(*losses)
+
+
+def test_hooks_are_respected():
+    model, seen = adapted("llama"), []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *args: seen.append(1))
+    with lean(model) as count:
+        assert count == 1 or model.model.layers[0].mlp.act_fn is model.model.layers[1].mlp.act_fn
+        completion_loss(model, collate(examples(2)))
+    assert seen
+
+
+def test_afterwards_nothing_is_left_behind():
+    model = adapted("llama")
+    with pytest.raises(KeyError), lean(model):
+        raise KeyError
+    fit(model, examples(), steps=2, show=False)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert len(adapters(model)) == 14
