@@ -49,7 +49,8 @@ def _is_gated(block: nn.Module) -> bool:
     try:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
         x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, down.base.weight.dtype)
-        return torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
+        with torch.random.fork_rng():  # dropout must not notice
+            return torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
     except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
         return False
 

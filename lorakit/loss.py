@@ -117,7 +117,8 @@ def _is_last(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
         seen = []
         hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
         try:
-            logits = model(input_ids=batch["input_ids"][:, :2]).logits
+            with torch.random.fork_rng():  # dropout must not notice
+                logits = model(input_ids=batch["input_ids"][:, :2]).logits
         finally:
             hook.remove()
         _logits_are_the_heads[head] = len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
