@@ -66,7 +66,7 @@ def greedy(
     answers, was_training = [""] * len(ids), model.training
     model.eval()
     try:
-        with fast(model, batch_size * 16), Progress(len(ids), "generating", "answer", show) as progress:
+        with fast(model, batch_size), Progress(len(ids), "generating", "answer", show) as progress:
             for batch in _in_batches([len(row) for row in ids], batch_size):
                 longest = len(ids[batch[0]])
                 pads = [longest - len(ids[i]) for i in batch]

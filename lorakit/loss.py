@@ -39,23 +39,28 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
     Where the output head is a frozen linear layer and its output is the model's, the logits of `CHUNK` tokens exist at
     a time, and each chunk's gradient is computed as soon as its logits are. Otherwise as the formula says.
     """
-    head = _head(model)
-    W = None if head is None else frozen_weight(head, next(head.parameters(), batch["labels"]))
-    if W is None or not _is_last(model, head, batch):
+    head, seen = _head(model), []
+    frozen = head is not None and frozen_weight(head, next(head.parameters(), batch["labels"])) is not None
+    if not frozen or not _is_last(model, head, batch):
         logits, targets = labelled_logits(model, batch)
         return F.cross_entropy(logits.float(), targets, reduction="none")
-    (before, targets), hidden = _labelled(batch), []
+    before, targets = _labelled(batch)
 
-    def keep(_, args):
-        hidden.append(args[0][before])  # (labelled, d)
-        return (args[0][:1, :0],)  # the head has nothing to do
+    def shorten(_, args):
+        hook.remove()
+        hidden = args[0][before]  # (labelled, d)
+        W = frozen_weight(head, hidden)  # asked here: a wrapper may have changed the weight for this pass
+        if W is None:
+            return (hidden.unsqueeze(0),)
+        seen.append(_TokenLosses.apply(hidden, W, getattr(head, "bias", None), targets))
+        return (hidden[:0].unsqueeze(0),)  # the head has nothing to do
 
-    hook = head.register_forward_pre_hook(keep)
+    hook = head.register_forward_pre_hook(shorten)
     try:
-        _forward(model, batch)
+        logits = _forward(model, batch)
     finally:
         hook.remove()
-    return _TokenLosses.apply(hidden[0], W, getattr(head, "bias", None), targets)
+    return seen[0] if seen else F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")
 
 
 def completion_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:

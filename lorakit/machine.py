@@ -19,6 +19,7 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # names of mallopt's settings, f
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 128 << 10, TOP_PAD: 0}  # glibc's own
 TRAINING = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
 MIN_PRODUCT = 256**3  # multiplications in the largest product of a step; with fewer oneDNN is no faster
+MIN_TOKENS = 256  # with fewer rows oneDNN asks for new memory in every thin product, and is slower
 MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
 MAX_TOKENS = 256  # up to this length the plain formula of attention is faster on a CPU than the blocked one
 _users = 0
@@ -38,7 +39,7 @@ def fast(model: nn.Module, tokens: float) -> Iterator[None]:
     weights = [p for p in model.parameters() if p.ndim == 2]
     on_cpu = bool(weights) and all(p.device.type == "cpu" for p in weights)
     float32 = on_cpu and weights[0].dtype == torch.float32
-    large = float32 and tokens * max(p.numel() for p in weights) >= MIN_PRODUCT
+    large = float32 and tokens >= MIN_TOKENS and tokens * max(p.numel() for p in weights) >= MIN_PRODUCT
     with ExitStack() as settings:
         if on_cpu:
             settings.enter_context(kept_memory())

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakit import Example, inject, loss
 from lorakit.batch import IGNORE, collate, pack, packable, rows_of
 from lorakit.loss import completion_loss, labelled_logits, token_losses
+from lorakit.lowrank import RandomSubspace
 
 FAMILIES = ["llama", "llama-biased-tied", "mistral-gqa", "qwen3", "gemma2", "phi", "gpt2", "opt", "gpt-neox"]
 
@@ -65,6 +66,17 @@ def test_a_head_that_trains_or_is_adapted_gets_its_gradient():
         ours, theirs = completion_loss(model, batch), plain(model, batch)
         for a, b in zip(gradients(model, ours), gradients(model, theirs), strict=True):
             assert relative(a, b) < 1e-5
+
+
+def test_a_wrapper_that_moves_the_heads_weight_is_seen():
+    model, batch = build("llama"), collate(examples(6))
+    wrapped = RandomSubspace(model, 200, seed=1)
+    with torch.no_grad():
+        wrapped.z.normal_(0, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = completion_loss(wrapped, batch), plain(wrapped, batch)
+    torch.testing.assert_close(ours, theirs)
+    assert relative(*(torch.autograd.grad(value, wrapped.z)[0] for value in (ours, theirs))) < 1e-5
+    assert abs(completion_loss(wrapped.remove(), batch) - ours) > 0.01
 
 
 class Widest(TorchDispatchMode):
