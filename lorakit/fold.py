@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lorakit.inject import adapters, replace
-from lorakit.lora import LoRALinear, is_conv1d
+from lorakit.fused import is_conv1d
+from lorakit.inject import adapters, replace, shared_weights
+from lorakit.lora import LoRALinear
 
 
 @contextmanager
@@ -26,20 +27,19 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
     found = adapters(model)
     if not found:
         raise ValueError("expected a model with adapters, got a plain one")
-    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    shared = shared_weights(model)
     for name, layer in found.items():
         weight = getattr(layer.base, "weight", None)
         if not isinstance(layer, LoRALinear) or weight is None or not weight.is_floating_point():
             raise ValueError(f"expected a LoRALinear on a floating-point weight, got {type(layer).__name__} at {name}")
-        if uses.count(id(weight)) > 1:
+        if id(weight) in shared:
             raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
     before = {layer: _add(layer) for layer in found.values()}
     replace(model, {layer: layer.base for layer in found.values()})
     try:
         yield model
     finally:
-        back = {layer.base: layer for layer in found.values()}
-        replace(model, back)
+        replace(model, {layer.base: layer for layer in found.values()})
         for layer, weight in before.items():
             _take_away(layer, weight)
 

@@ -76,6 +76,11 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dA, dB, None, None, None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """True for GPT-2's `Conv1D`, a linear layer that stores its weight as (d_in, d_out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     """The weight with which `lora_linear` may stand for calling `base(x)`, None where only the call will do.
 
@@ -90,8 +95,7 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
         return None
     if hasattr(base, "frozen_weight"):
         return base.frozen_weight
-    transposed = type(base).__name__ == "Conv1D" and hasattr(base, "nf")  # GPT-2's, which stores W'
-    if not (type(base) is nn.Linear or transposed) or type(base.weight) is not nn.Parameter:
+    if not (type(base) is nn.Linear or is_conv1d(base)) or type(base.weight) is not nn.Parameter:
         return None
     W = base.weight.detach()
-    return (W.T if transposed else W) if W.dtype == x.dtype and W.is_floating_point() else None
+    return (W.T if is_conv1d(base) else W) if W.dtype == x.dtype and W.is_floating_point() else None

@@ -58,8 +58,7 @@ def _is_gated(block: nn.Module) -> bool:
 def _forward(block: nn.Module, x: Tensor) -> Tensor:
     """The block's output, from `_GatedDown` where that may stand for the down-projection."""
     down, gate, up = block.down_proj, block.gate_proj(x), block.up_proj(x)
-    drops = down.training and not isinstance(down.dropout, nn.Identity)
-    if drops or not torch.is_grad_enabled() or (W := frozen_weight(down.base, gate)) is None:
+    if down.drops or not torch.is_grad_enabled() or (W := frozen_weight(down.base, gate)) is None:
         return down(block.act_fn(gate) * up)
     return _GatedDown.apply(gate, up, down.A, down.B, W, down.bias, down.scale)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
@@ -115,6 +116,12 @@ def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
     return f"expected targets that match a linear layer, got {target!r}; near names: {', '.join(near) or 'none'}"
 
 
+def shared_weights(model: nn.Module) -> set[int]:
+    """The `id` of every parameter that the model holds in more than one place."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {place for place, times in uses.items() if times > 1}
+
+
 def check_plain(model: nn.Module) -> None:
     """Refuses a model that carries an adapter, lorakit's or PEFT's."""
     if adapters(model):
@@ -201,8 +208,7 @@ def merge(model: nn.Module) -> nn.Module:
     found = adapters(model)
     if not found:
         raise ValueError("expected a model with adapters, got a plain one")
-    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    if any(uses.count(id(p)) > 1 for layer in found.values() for p in [getattr(layer.base, "weight", None)]):
+    if shared_weights(model) & {id(getattr(layer.base, "weight", None)) for layer in found.values()}:
         _untie(model)
     return _unwrap(model, lambda layer: layer.merged())
 

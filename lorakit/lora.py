@@ -9,17 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.fused import frozen_weight, lora_linear
+from lorakit.fused import frozen_weight, is_conv1d, lora_linear
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, rank: alpha / rank,  # Hu et al. 2021, section 4.1
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023, arXiv:2312.03732
 }
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """True for GPT-2's `Conv1D`, a linear layer that stores its weight as (d_in, d_out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -80,8 +75,7 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        drops = self.training and not isinstance(self.dropout, nn.Identity)
-        if drops or (W := frozen_weight(self.base, x)) is None:
+        if self.drops or (W := frozen_weight(self.base, x)) is None:
             return self.formula(x)
         return lora_linear(x, W, self.bias, self.A, self.B, self.scale)  # the same, faster
 
@@ -110,6 +104,11 @@ class LoRALinear(nn.Module):
         plain = copy.deepcopy(self.base)
         plain.weight.copy_(plain.weight.to(delta.dtype) + delta)
         return plain.train(self.training)
+
+    @property
+    def drops(self) -> bool:
+        """True while dropout is at work."""
+        return self.training and not isinstance(self.dropout, nn.Identity)
 
     @property
     def weight(self) -> Tensor:

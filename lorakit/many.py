@@ -92,12 +92,7 @@ def fit_many(
         model.requires_grad_(False)
         replace(model, {stack.base: stack for stack in stacks.values()})
         runs = [
-            Run(
-                [p for layer in layers.values() for p in layer.parameters() if p.requires_grad],
-                texts,
-                spec.lr,
-                spec.seed,
-            )
+            Run([p for layer in layers.values() for p in (layer.A, layer.B)], texts, spec.lr, spec.seed)
             for layers, texts, spec in zip(made, own, specs, strict=True)
         ]
         with _counting(model, stacks.values()):

@@ -65,11 +65,10 @@ class LoRAStack(nn.Module):
         """The base's frozen weight, for model code that asks a layer for its dtype or device."""
         return self.base.weight
 
-    def release(self) -> list[LoRALinear]:
-        """The adapters with matrices of their own again."""
+    def release(self) -> None:
+        """Gives the adapters matrices of their own again."""
         for layer in self.layers:
             layer.A.data, layer.B.data = layer.A.detach().clone(), layer.B.detach().contiguous().clone()
-        return list(self.layers)
 
 
 class _LoRAStack(torch.autograd.Function):

@@ -6,7 +6,6 @@ from architectures import build, logits_of
 from test_fused import Rounded
 from test_loss import adapted
 
-import lorakit
 from lorakit import adapters, folded, inject
 
 
@@ -58,7 +57,3 @@ def test_what_cannot_be_folded_is_refused_and_nothing_changes():
     with pytest.raises(ValueError, match=r"floating-point weight.* at 1"), folded(quantised):
         pass
     assert len(adapters(quantised)) == 2
-
-
-def test_it_is_among_the_names_that_lorakit_offers():
-    assert lorakit.folded is folded

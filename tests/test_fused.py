@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import LoRALinear, fused
+from lorakit import LoRALinear
 from lorakit.fused import frozen_weight, lora_linear
 
 
@@ -216,7 +216,3 @@ def test_a_changed_weight_between_forward_and_backward_is_noticed():
         layer.base.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-def test_the_module_says_its_formula():
-    assert "dxa" in fused.__doc__

@@ -85,7 +85,7 @@ def test_hooks_are_respected():
     model, seen = adapted("llama"), []
     model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *args: seen.append(1))
     with lean(model) as count:
-        assert count == 1 or model.model.layers[0].mlp.act_fn is model.model.layers[1].mlp.act_fn
+        assert count == 1
         completion_loss(model, collate(examples(2)))
     assert seen
 
