@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.attention import attention
 from lorakit.batch import IGNORE, Example, collate
 from lorakit.loss import labelled_logits
-from lorakit.machine import attention, fast
+from lorakit.machine import fast
 from lorakit.progress import Progress
 
 

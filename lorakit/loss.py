@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorakit.attention import attention
 from lorakit.batch import IGNORE, PACKED, Batch
 from lorakit.fused import frozen_weight
-from lorakit.machine import attention
 
 CHUNK = 128  # tokens whose logits exist at a time
 _logits_are_the_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

@@ -5,12 +5,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Spin briefly, then sleep: a thread that waits for another does not take its core away. For GNU OpenMP, which torch on
 # Linux uses, and only before torch is imported: lorakit's kernels and the Makefile set it.
@@ -21,7 +20,6 @@ TRAINING = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
 MIN_PRODUCT = 256**3  # multiplications in the largest product of a step; with fewer oneDNN is no faster
 MIN_TOKENS = 256  # with fewer rows oneDNN asks for new memory in every thin product, and is slower
 MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
-MAX_TOKENS = 256  # up to this length the plain formula of attention is faster on a CPU than the blocked one
 _users = 0
 
 
@@ -48,16 +46,6 @@ def fast(model: nn.Module, tokens: float) -> Iterator[None]:
         yield
 
 
-def attention(tokens: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """What `scaled_dot_product_attention` should run under, for sequences of so many tokens.
-
-    On a CPU, its blocked kernel multiplies small matrices one by one; through oneDNN, which float32 takes inside `fast`
-    and bfloat16 always, each has a cost of its own.
-    """
-    slow = dtype in (torch.bfloat16, torch.float16) or _precision() == "medium"
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and slow and tokens <= MAX_TOKENS else nullcontext()
-
-
 @cache
 def onednn_gain() -> float:
     """How many times faster oneDNN multiplies float32 matrices than the default, 0 if it is not as exact (or absent).
@@ -65,7 +53,7 @@ def onednn_gain() -> float:
     torch calls oneDNN for float32 if the precision is "medium", which permits bfloat16 inside. Processors with matrix
     units (AMX) use the permission and are refused here; others compute in float32 all the same.
     """
-    if _precision() != "highest" or not torch.backends.mkldnn.is_available():
+    if matmul_precision() != "highest" or not torch.backends.mkldnn.is_available():
         return 0.0
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(n, 576, generator=generator) for n in (384, 1536))
@@ -83,7 +71,7 @@ def _seconds(work) -> float:
     return time.perf_counter() - start
 
 
-def _precision() -> str | None:
+def matmul_precision() -> str | None:
     """torch's precision of float32 products, None if it was set in torch's newer way, device by device."""
     with suppress(RuntimeError):
         return torch.get_float32_matmul_precision()

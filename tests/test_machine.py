@@ -96,7 +96,7 @@ def test_inexact_products_are_refused(monkeypatch):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             output = function(*args, **(kwargs or {}))
             medium = function.overloadpacket is torch.ops.aten.mm and output.dtype == torch.float32
-            return output.bfloat16().float() if medium and machine._precision() == "medium" else output
+            return output.bfloat16().float() if medium and machine.matmul_precision() == "medium" else output
 
     machine.onednn_gain.cache_clear()
     with Rounded():
@@ -120,12 +120,3 @@ def test_a_precision_that_the_user_has_chosen_stays():
     finally:
         torch.set_float32_matmul_precision("highest")
         machine.onednn_gain.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dtype", "plain"), [(40, torch.bfloat16, True), (400, torch.bfloat16, False), (40, torch.float32, False)]
-)
-def test_short_attention_takes_the_plain_kernel_only_where_it_pays(tokens, dtype, plain):
-    with machine.attention(tokens, torch.device("cpu"), dtype):
-        assert torch.backends.cuda.flash_sdp_enabled() is not plain
-    assert torch.backends.cuda.flash_sdp_enabled()

@@ -1,14 +1,17 @@
 """What is compared with what. Every function returns name -> record; the first arm of each is PEFT, or TRL."""
 
 import contextlib
+import json
 import math
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from paired import Comparison, alternate, peak_bytes, rounds_from, seconds
+from paired import Comparison, alternate, peak_bytes, returning_memory, rounds_from, seconds
 
 import lorakit
 from lorakit.batch import collate
@@ -23,6 +26,7 @@ from lorakit.train import batches, linear_schedule
 with quiet():
     import peft
 
+HERE = Path(__file__).parent
 SQL = {"steps": 44, "lr": 3e-3, "batch_size": 8}  # lesson 00's training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -88,21 +92,31 @@ def step():
 
 
 def memory():
-    """By how much a step's peak exceeds what is resident before it."""
-    found, batch = {}, random_batch()
-    for name, dtype in DTYPES.items():
-        values = {"PEFT": [], "lorakit": []}
-        for arm, make, loss_of in (
-            ("PEFT", peft_model, lambda m, b: m(**b).loss),
-            ("lorakit", our_model, completion_loss),
-        ):
-            model, _ = make(dtype, 8, 16)
-            around = (lambda m=model: lean(m)) if arm == "lorakit" else contextlib.nullcontext
-            work = stepper(model, lambda b, m=model, f=loss_of: f(m, b), batch, around)
-            work()
-            values[arm] = [peak_bytes(work) / 1e6 for _ in range(rounds_from(5))]
-        found[f"memory a step adds, {name}"] = Comparison("MB", values).record()
+    """By how much a step's peak exceeds what is resident before it; each arm in a process of its own."""
+    found = {}
+    for dtype in DTYPES:
+        values = {}
+        for arm in ("PEFT", "lorakit"):
+            code = f"import cases; cases.print_memory({arm!r}, {dtype!r})"
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, cwd=HERE, env=returning_memory(), capture_output=True, text=True, check=True)
+            values[arm] = json.loads(done.stdout.splitlines()[-1])
+        found[f"memory a step adds, {dtype}"] = Comparison("MB", values).record()
     return found
+
+
+def print_memory(arm, dtype):
+    """One arm of `memory`: prints MB as JSON."""
+    batch = random_batch()
+    model, _ = (our_model if arm == "lorakit" else peft_model)(DTYPES[dtype], 8, 16)
+
+    def step():
+        (completion_loss(model, batch) if arm == "lorakit" else model(**batch).loss).backward()
+        model.zero_grad(set_to_none=True)
+
+    with as_fit(model) if arm == "lorakit" else contextlib.nullcontext():
+        step()
+        print(json.dumps([peak_bytes(step) / 1e6 for _ in range(rounds_from(5))]))
 
 
 def gradients():

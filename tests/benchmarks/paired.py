@@ -1,13 +1,10 @@
 """Paired timing: the arms of a comparison take turns in one process, and every ratio is between neighbours."""
 
-import ctypes
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @dataclass
@@ -58,17 +55,17 @@ def alternate(arms: dict[str, Callable[[], float | None]], rounds: int, warm: in
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """By how much the process's memory in use grows at most during a call (Linux with glibc)."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # every tensor comes from the system and goes back: resident is in use
-    work()
-    libc.malloc_trim(0)  # what earlier calls have left behind would hide the growth
+    """By how much the process's memory in use grows at most during a call, Linux only; see `returning_memory`."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak so far
     before = _status("VmRSS")
     work()
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     return _status("VmHWM") - before
+
+
+def returning_memory() -> dict[str, str]:
+    """The environment of a process whose freed tensors go back to the system at once: resident is in use (glibc)."""
+    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "LORAKIT_MALLOC": "0"}
 
 
 def _status(name: str) -> int:
