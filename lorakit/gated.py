@@ -4,8 +4,7 @@ They are the largest part of what a step of a Llama-like model keeps. `silu(gate
 backward pass, which costs two cheap operations and saves half of the memory of the block.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,41 +17,27 @@ from lorakit.lora import LoRALinear, linear_shape
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-@contextmanager
-def lean(model: nn.Module) -> Iterator[int]:
-    """While it is open, gated blocks whose down-projection is adapted compute the same with less memory.
-
-    A block is taken for one by its parts' names, and because it answers a random input as the formula does. Blocks with
-    hooks, another activation or a forward of their own stay as they are.
-
-    Yields:
-        how many blocks it is.
-    """
-    found = [block for block in model.modules() if _is_gated(block)]
-    for block in found:
-        block.forward = partial(_forward, block)
-    try:
-        yield len(found)
-    finally:
-        for block in found:
-            del block.forward
-
-
 @torch.no_grad()
-def _is_gated(block: nn.Module) -> bool:
-    if not all(isinstance(getattr(block, part, None), nn.Module) for part in PARTS) or "forward" in vars(block):
-        return False
+def lean_forward(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The same forward with less kept, None if the module is no gated block whose down-projection is adapted.
+
+    It is taken for one by its parts' names, and because it answers an input as the formula does. Blocks with hooks on
+    their parts, or another activation, are not.
+    """
+    if not all(isinstance(getattr(block, part, None), nn.Module) for part in PARTS):
+        return None
     act, down, up = block.act_fn, block.down_proj, block.up_proj
     hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in (act, down)]
     if any(map(any, hooks)) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
-        return False
+        return None
     try:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
         x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, down.base.weight.dtype)
         with torch.random.fork_rng():  # dropout must not notice
-            return torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
+            same = torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
     except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
-        return False
+        return None
+    return partial(_forward, block) if same else None
 
 
 def _forward(block: nn.Module, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.batch import IGNORE, Example, collate, pack, packable, rows_of
-from lorakit.gated import lean
+from lorakit.lean import lean
 from lorakit.loss import token_losses
 from lorakit.machine import fast
 from lorakit.progress import Progress

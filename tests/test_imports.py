@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 ORDER = [  # from the ground up
     *("progress", "files", "manifest", "libraries", "machine", "attention"),
-    *("fused", "lowrank", "lora", "gated", "stack", "dora", "nf4", "inject", "fold"),
+    *("fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "nf4", "inject", "fold"),
     *("adapter_files", "adapter", "arithmetic", "budget"),
     *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
     *("batch", "loss", "train", "many", "generate", "facts", "pretrain"),

@@ -16,7 +16,7 @@ from paired import Comparison, alternate, peak_bytes, returning_memory, rounds_f
 import lorakit
 from lorakit.batch import collate
 from lorakit.facts import encoded, facts
-from lorakit.gated import lean
+from lorakit.lean import lean
 from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
 from lorakit.machine import fast

@@ -1,4 +1,4 @@
-"""Gated blocks with less memory compute the same; what is not such a block stays as it is."""
+"""Gated blocks and norms with less memory compute the same; what is neither stays as it is."""
 
 from contextlib import nullcontext
 
@@ -9,10 +9,10 @@ from test_loss import adapted, examples, relative
 
 from lorakit import adapters, fit, inject
 from lorakit.batch import collate
-from lorakit.gated import lean
+from lorakit.lean import lean
 from lorakit.loss import completion_loss
 
-GATED = ["llama", "llama-biased-tied", "mistral-gqa", "qwen2", "qwen3"]
+LEAN = {"llama": 7, "llama-biased-tied": 7, "mistral-gqa": 7, "qwen2": 7, "qwen3": 11, "phi3": 5}  # blocks and norms
 
 
 def gradients(model, batch):
@@ -20,19 +20,19 @@ def gradients(model, batch):
     return loss, torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", LEAN)
 def test_loss_and_gradients_are_the_same(name):
     model, batch = adapted(name), collate(examples(6))
     with lean(model) as count:
-        assert count == 2
+        assert count == LEAN[name]
         ours = gradients(model, batch)
     theirs = gradients(model, batch)
     torch.testing.assert_close(ours[0], theirs[0])
     assert all(relative(a, b) < 1e-5 for a, b in zip(ours[1], theirs[1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["gemma", "gpt2", "opt", "phi", "phi3", "gpt-neox"])
-def test_other_blocks_stay_as_they_are(name):
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "opt", "phi", "gpt-neox"])
+def test_other_modules_stay_as_they_are(name):
     model = adapted(name)
     before = [vars(module).get("forward") for module in model.modules()]
     with lean(model) as count:
@@ -55,12 +55,14 @@ def kept(model, batch):
     return sum(size for place, size in sizes.items() if place not in own)
 
 
-def test_half_of_the_blocks_memory_is_not_kept():
+def test_half_of_the_blocks_memory_and_the_residual_stream_are_not_kept():
     model, batch = adapted("llama"), collate(examples(20))
-    wide = batch["input_ids"].numel() * 24 * 4  # bytes of one of the four wide tensors of a block
+    tokens = batch["input_ids"].numel()
+    wide, narrow = tokens * 24 * 4, tokens * 16 * 4  # bytes of one of a block's four wide tensors, of a norm's input
     plain = kept(model, batch)
     with lean(model):
-        assert plain - kept(model, batch) == pytest.approx(2 * 2 * wide, rel=0.05)
+        # two wide tensors a layer; inputs of norms: the first is the embeddings' output, the last norm's own is kept
+        assert plain - kept(model, batch) == pytest.approx(2 * 2 * wide + 3 * narrow, rel=0.05)
 
 
 def test_without_gradients_and_with_dropout_it_is_the_model():
@@ -85,9 +87,20 @@ def test_hooks_are_respected():
     model, seen = adapted("llama"), []
     model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *args: seen.append(1))
     with lean(model) as count:
-        assert count == 1
+        assert count == LEAN["llama"] - 1
         completion_loss(model, collate(examples(2)))
     assert seen
+
+
+def test_a_norm_that_trains_or_is_zero_somewhere_stays_as_it_is():
+    model = adapted("llama")
+    model.model.norm.weight.requires_grad_()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 0
+    with lean(model) as count:
+        assert count == LEAN["llama"] - 2
+        completion_loss(model, collate(examples(2))).backward()
+    assert model.model.norm.weight.grad is not None
 
 
 def test_afterwards_nothing_is_left_behind():
