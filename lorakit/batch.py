@@ -85,6 +85,19 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Bat
     }
 
 
+def spans(lengths: Sequence[int], packed: bool) -> list[tuple[int, int, int]]:
+    """Where each text lies in the batch that `pack` or `collate` makes: row, first column, length."""
+    if not packed:
+        return [(row, 0, length) for row, length in enumerate(lengths)]
+    places = {}
+    for row, texts in enumerate(rows_of(lengths)):
+        start = 0
+        for i in texts:
+            places[i] = (row, start, lengths[i])
+            start += lengths[i]
+    return [places[i] for i in range(len(lengths))]
+
+
 @torch.no_grad()
 def packable(model: nn.Module) -> bool:
     """Tries whether a model keeps packed texts apart; asked again, it remembers.

@@ -1,17 +1,24 @@
 """Files that are never half-written."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(contents: dict[Path, bytes]) -> None:
-    """Writes each file beside its place and moves it there, so that a reader never sees half of one."""
+def write_atomically(contents: dict[Path, bytes | Callable[[Path], object]]) -> None:
+    """Writes each file beside its place and moves it there, so that a reader never sees half of one.
+
+    A file's content is its bytes, or a function that writes them to the path it is given.
+    """
     drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
         for path, draft in drafts.items():
-            with open(draft, "wb") as file:
-                file.write(contents[path])
-                file.flush()
+            content = contents[path]
+            if callable(content):
+                content(draft)
+            else:
+                draft.write_bytes(content)
+            with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
         for path, draft in drafts.items():
             os.replace(draft, path)

@@ -20,7 +20,7 @@ def lean(model: nn.Module) -> Iterator[int]:
     """
     found = {}
     for module in model.modules():
-        if not _is_watched(module) and (forward := gated.lean_forward(module) or norms.lean_forward(module)):
+        if not is_watched(module) and (forward := gated.lean_forward(module) or norms.lean_forward(module)):
             found[module] = forward
     for module, forward in found.items():
         module.forward = forward
@@ -31,7 +31,7 @@ def lean(model: nn.Module) -> Iterator[int]:
             del module.forward
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """True if somebody has hooks on the module, or has replaced its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)

@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.batch import IGNORE, Example, collate, pack, packable, rows_of
+from lorakit.batch import IGNORE, Example, collate, pack, packable, rows_of, spans
+from lorakit.below import Below, below
 from lorakit.lean import lean
 from lorakit.loss import token_losses
 from lorakit.machine import fast
@@ -126,6 +128,8 @@ def train(
     was_training = model.training
     model.train()
     try:
+        repeats = len(runs) == 1 and steps * batch_size > len(runs[0].examples)
+        frozen = below(model, runs[0].examples) if repeats else None
         with (
             torch.random.fork_rng(),
             fast(model, tokens),
@@ -136,7 +140,7 @@ def train(
             for step in range(steps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
-                losses = _losses(model, chosen, device)
+                losses = _losses(model, chosen, device, frozen, orders[0][step])
                 sum(losses).backward()
                 rates = [group["lr"] for group in optimizer.param_groups]
                 for run, loss in zip(runs, losses, strict=True):
@@ -157,13 +161,17 @@ def train(
         model.train(was_training)
 
 
-def _losses(model: nn.Module, chosen: list[list[Example]], device: torch.device) -> list[Tensor]:
+def _losses(
+    model: nn.Module, chosen: list[list[Example]], device: torch.device, frozen: Below | None, indices: list[int]
+) -> list[Tensor]:
     """The mean loss of each run's texts, from one forward pass."""
     texts = [text for some in chosen for text in some]
-    crowded = len(chosen) == 1 and len(rows_of([len(text.input_ids) for text in texts])) < len(texts)
-    batch = (pack if crowded and packable(model) else collate)(texts, device)
+    lengths = [len(text.input_ids) for text in texts]
+    packed = len(chosen) == 1 and len(rows_of(lengths)) < len(texts) and packable(model)
+    batch = (pack if packed else collate)(texts, device)
     counts = [sum(label != IGNORE for text in some for label in text.labels[1:]) for some in chosen]
-    return [part.mean() for part in token_losses(model, batch).split(counts)]
+    with frozen.batch(indices, spans(lengths, packed), batch["input_ids"].shape) if frozen else nullcontext():
+        return [part.mean() for part in token_losses(model, batch).split(counts)]
 
 
 def _clip(run: Run, loss: Tensor, step: int, clip: float) -> None:

@@ -17,7 +17,7 @@ ORDER = [  # from the ground up
     *("fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "nf4", "inject", "fold"),
     *("adapter_files", "adapter", "arithmetic", "budget"),
     *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
-    *("batch", "loss", "train", "many", "generate", "facts", "pretrain"),
+    *("batch", "below", "loss", "train", "many", "generate", "facts", "pretrain"),
     *("sweep", "stats", "intrinsic", "intrinsic_card", "plots", "answers", "checks_lowrank", "checks_lora", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]
