@@ -67,7 +67,7 @@ class _GatedDown(torch.autograd.Function):
         g, u, A, a, b, xa, *W = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])  # (n, d_out)
         dxa = (dy @ b) * ctx.scale  # (n, rank)
-        dB = (dy.T @ (xa * ctx.scale)).to(ctx.dtype)
+        dB = ((xa * ctx.scale).T @ dy).T.to(ctx.dtype)
         dp = (dy @ (W[0] if W else ctx.weight())).addmm_(dxa, a).view(g.shape)
         silu = F.silu(g)
         dA = (dxa.T @ (silu * u).flatten(0, -2)).to(A.dtype)
