@@ -40,8 +40,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(arms: dict[str, Callable[[], float | None]], rounds: int, warm: int = 1) -> Comparison:
-    """Times each arm once a round, in turn, after `warm` rounds that do not count; an arm may time itself."""
+def alternate(arms: dict[str, Callable[[], object]], rounds: int, warm: int = 1) -> Comparison:
+    """Times each arm once a round, in turn, after `warm` rounds that do not count; an arm may time itself, and return seconds."""
     for _ in range(warm):
         for work in arms.values():
             work()
@@ -50,7 +50,7 @@ def alternate(arms: dict[str, Callable[[], float | None]], rounds: int, warm: in
         for arm, work in arms.items():
             start = time.perf_counter()
             own = work()
-            values[arm].append(time.perf_counter() - start if own is None else own)
+            values[arm].append(own if isinstance(own, float) else time.perf_counter() - start)
     return Comparison("s", values)
 
 

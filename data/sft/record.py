@@ -1,0 +1,185 @@
+"""Trains SmolLM2 on the SQL task: through TRL; by lorakit with LoRA and fully, over learning rates; by prompt tuning.
+
+    python data/sft/record.py            all runs, about 40 minutes on two cores
+    python data/sft/record.py trl        the runs whose arm begins so
+
+Lesson 03 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+
+import lorakit
+from lorakit.batch import collate
+from lorakit.files import write_atomically
+from lorakit.libraries import quiet
+from lorakit.machine import fast
+from lorakit.sql import execution_accuracy
+from lorakit.train import batches, linear_schedule
+
+with quiet():
+    import peft
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+RESULTS = Path(__file__).with_name("results.json")
+STEPS, BATCH, RANK, ALPHA, VIRTUAL, ITEMS = 44, 8, 16, 32, 20, 208
+SEEDS = (0, 1, 2)
+ARMS = {  # arm -> learning rates
+    "TRL SFTTrainer": (3e-3,),
+    "LoRA": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (3e-5, 1e-4, 3e-4, 1e-3),
+    "prompt tuning": (3e-2, 1e-1, 3e-1),
+}
+
+
+def encoded(tokenizer, items):
+    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
+
+
+def lora(seed):
+    """A model with lorakit's adapters that start as PEFT's do with this seed, which draws numbers in another order."""
+    model, tokenizer = lorakit.load_model("smollm2")
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        wrapped = peft.get_peft_model(model, lora_config())
+        wrapped.save_pretrained(folder)
+        lorakit.load_adapter(wrapped.unload(), folder)
+    return model, tokenizer
+
+
+def lora_config():
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def run_lora(lr, seed):
+    model, tokenizer = lora(seed)
+    history = lorakit.fit(model, encoded(tokenizer, lorakit.load_sql("train")), **settings(lr, seed))
+    return model, tokenizer, history.loss
+
+
+def run_full(lr, seed):
+    model, tokenizer = lorakit.load_model("smollm2")
+    model.requires_grad_(True)
+    history = lorakit.fit(model, encoded(tokenizer, lorakit.load_sql("train")), **settings(lr, seed))
+    return model, tokenizer, history.loss
+
+
+def settings(lr, seed):
+    return {"steps": STEPS, "batch_size": BATCH, "lr": lr, "seed": seed, "show": False}
+
+
+def run_trl(lr, seed):
+    """SFTTrainer over prompt/completion columns, with peft_config; under `fast`, which changes no result."""
+    model, tokenizer = lorakit.load_model("smollm2")
+    items = lorakit.load_sql("train")
+    columns = {"prompt": [i.prompt for i in items], "completion": [i.completion for i in items]}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        args = SFTConfig(
+            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=lr, seed=seed,
+            warmup_steps=0.1, lr_scheduler_type="linear", weight_decay=0.0, use_cpu=True, bf16=False,
+            activation_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
+            peft_config=lora_config(),
+        )  # fmt: skip
+        trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if "Print" in type(c).__name__))
+        with fast(trainer.model, 50 * BATCH):
+            trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.model, tokenizer, losses
+
+
+def run_prompt(lr, seed):
+    """PEFT's prompt tuning in the plain loop: `VIRTUAL` trained vectors before every prompt, started at words."""
+    model, tokenizer = lorakit.load_model("smollm2")
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, prompt_tuning_init="TEXT",
+        tokenizer_name_or_path=model.name_or_path,
+        prompt_tuning_init_text="Write one SQLite query that answers the question about the table.",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with quiet():
+        model = peft.get_peft_model(model, config)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, STEPS, math.ceil(STEPS / 10)))
+    examples, losses = encoded(tokenizer, lorakit.load_sql("train")), []
+    with fast(model, 70 * BATCH):
+        for indices in batches(len(examples), BATCH, STEPS, seed):
+            loss = model(**collate([examples[i] for i in indices])).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return model, tokenizer, losses
+
+
+def scores(model, tokenizer, arm, lr):
+    """How many of `ITEMS` questions about new tables are answered as expected to the letter, and find the right rows.
+
+    Rows need generation, which takes longer than the training: it is done where arms are compared, not learning rates.
+    """
+    items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
+    found = {"items": len(items)}
+    if arm != "prompt tuning":
+        found["exact"] = sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))
+    if arm in ("TRL SFTTrainer", "prompt tuning") or (arm, lr) == ("LoRA", 3e-3):
+        answers = lorakit.greedy(model, tokenizer, [item.prompt for item in items], max_new_tokens=32, show=False)
+        found["right"] = sum(execution_accuracy(items, answers))
+    return found
+
+
+RUNS = {"TRL SFTTrainer": run_trl, "LoRA": run_lora, "full": run_full, "prompt tuning": run_prompt}
+
+
+def main(prefix=""):
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": []}
+    made = {(run["arm"], run["lr"], run["seed"]) for run in results["runs"]}
+    for arm, rates in ARMS.items():
+        for lr, seed in product(rates, SEEDS):
+            if (arm, lr, seed) in made or not arm.startswith(prefix):
+                continue
+            start = time.perf_counter()
+            model, tokenizer, losses = RUNS[arm](lr, seed)
+            seconds = time.perf_counter() - start
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            run = {"arm": arm, "lr": lr, "seed": seed, "trained": trained, **scores(model, tokenizer, arm, lr)}
+            run |= {"losses": [round(loss, 4) for loss in losses], "seconds": round(seconds, 1)}
+            results["runs"].append(run)
+            results |= circumstances()
+            write_atomically({RESULTS: (json.dumps(results, indent=1) + "\n").encode()})
+            print({key: value for key, value in run.items() if key != "losses"}, flush=True)
+
+
+def circumstances():
+    packages = ("torch", "transformers", "peft", "trl", "datasets")
+    return {
+        "command": "python data/sft/record.py",
+        "model": "smollm2",
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "settings": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA, "virtual_tokens": VIRTUAL},
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
