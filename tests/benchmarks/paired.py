@@ -41,7 +41,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def alternate(arms: dict[str, Callable[[], object]], rounds: int, warm: int = 1) -> Comparison:
-    """Times each arm once a round, in turn, after `warm` rounds that do not count; an arm may time itself, and return seconds."""
+    """Times each arm once a round, in turn, after `warm` rounds that do not count; an arm can return its seconds."""
     for _ in range(warm):
         for work in arms.values():
             work()
