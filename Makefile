@@ -21,7 +21,7 @@ export PYTHONHASHSEED := 0
 export GOMP_SPINCOUNT := 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help start course lab test quick lint outputs clean
+.PHONY: help start course lab test quick lint drift outputs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ quick: $(READY) ## the tests that need neither notebooks nor the base model, in 
 
 lint: $(READY) ## check style and format, notebooks included
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+
+drift: $(READY) ## what the newest transformers, peft, trl, bitsandbytes and datasets would break; it only warns
+	@$(BIN)/python tests/drift.py --newest
 
 outputs: $(READY) ## run lessons and solutions, and refresh the outputs that are committed with them
 	@$(BIN)/lorakit run $(LESSON) --in-place && $(BIN)/lorakit exercises --refresh

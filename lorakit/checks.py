@@ -10,18 +10,24 @@ from lorakit.checks_lowrank import (
     check_rank_for_energy,
     check_similarity,
 )
+from lorakit.checks_sft import check_compare, check_is_active, check_mask, check_matches, check_modern
 
 __all__ = [
     "CheckFailed",
     "check_balance",
     "check_best_approximation",
+    "check_compare",
     "check_control",
     "check_count",
     "check_first_update",
     "check_grow",
+    "check_is_active",
     "check_largest_rank",
     "check_layer",
+    "check_mask",
+    "check_matches",
     "check_merge",
+    "check_modern",
     "check_rank_for_energy",
     "check_similarity",
     "check_swap",

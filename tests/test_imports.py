@@ -18,7 +18,8 @@ ORDER = [  # from the ground up
     *("adapter_files", "adapter", "arithmetic", "budget"),
     *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "many", "generate", "facts", "pretrain"),
-    *("sweep", "stats", "intrinsic", "intrinsic_card", "plots", "answers", "checks_lowrank", "checks_lora", "checks"),
+    *("sweep", "stats", "intrinsic", "intrinsic_card", "plots"),
+    *("answers", "checks_lowrank", "checks_lora", "checks_sft", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

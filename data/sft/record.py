@@ -42,7 +42,7 @@ ARMS = {  # arm -> learning rates
     "TRL SFTTrainer": (3e-3,),
     "LoRA": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "full": (3e-5, 1e-4, 3e-4, 1e-3),
-    "prompt tuning": (3e-2, 1e-1, 3e-1),
+    "prompt tuning": (1e-1, 3e-1),
 }
 
 
@@ -162,7 +162,7 @@ def main(prefix=""):
             seconds = time.perf_counter() - start
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             run = {"arm": arm, "lr": lr, "seed": seed, "trained": trained, **scores(model, tokenizer, arm, lr)}
-            run |= {"losses": [round(loss, 4) for loss in losses], "seconds": round(seconds, 1)}
+            run |= {"losses": [round(loss, 7) for loss in losses], "seconds": round(seconds, 1)}
             results["runs"].append(run)
             results |= circumstances()
             write_atomically({RESULTS: (json.dumps(results, indent=1) + "\n").encode()})
