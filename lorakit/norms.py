@@ -28,12 +28,13 @@ def lean_forward(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
         same = torch.equal(norm(x), _RMSNorm.apply(x, w, eps))
     except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
         return None
-    return partial(_forward, norm, type(norm).forward, eps) if same else None
+    return partial(_forward, norm, w, eps) if same else None
 
 
-def _forward(norm: nn.Module, plain: Callable[[nn.Module, Tensor], Tensor], eps: float, x: Tensor) -> Tensor:
+def _forward(norm: nn.Module, w: Tensor, eps: float, x: Tensor) -> Tensor:
     usual = x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    return _RMSNorm.apply(x, norm.weight, eps) if usual else plain(norm, x)
+    same = norm.weight is w and not w.requires_grad  # a wrapper may have changed the weight for this pass
+    return _RMSNorm.apply(x, w, eps) if usual and same else type(norm).forward(norm, x)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -103,6 +103,15 @@ def test_a_norm_that_trains_or_is_zero_somewhere_stays_as_it_is():
     assert model.model.norm.weight.grad is not None
 
 
+def test_a_norms_weight_that_a_wrapper_swaps_in_gets_its_gradient():
+    model, batch = adapted("llama"), collate(examples(2))
+    weight = model.model.norm.weight.detach().clone().requires_grad_()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with lean(model):
+        torch.func.functional_call(model, {"model.norm.weight": weight}, (), inputs).logits.sum().backward()
+    assert weight.grad is not None
+
+
 def test_afterwards_nothing_is_left_behind():
     model = adapted("llama")
     with pytest.raises(KeyError), lean(model):
