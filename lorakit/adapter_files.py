@@ -3,7 +3,6 @@
 Names and defaults follow PEFT 0.21 (`peft.LoraConfig`, `peft.utils.save_and_load`).
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 from lorakit.files import write_atomically
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CHECKSUM = "lorakit_sha256"  # a field of the safetensors header, which PEFT ignores
+CHECKSUM = "lorakit_xxh3"  # a field of the safetensors header, which PEFT ignores; it finds damage, not forgery
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
 # Settings of a LoraConfig that leave a trained layer plain LoRA, or that adapter.py reads.
@@ -130,7 +130,7 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
 def _digest(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
     """A checksum of the tensors and of the settings, less those that people edit by hand."""
     fixed = {key: value for key, value in config.items() if key not in EDITABLE}
-    digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode())
+    digest = xxh3_128(json.dumps(fixed, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

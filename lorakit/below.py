@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.batch import Batch, Example, collate
-from lorakit.lean import is_watched
+from lorakit.fused import is_watched
 
 MAX_BYTES = 1 << 30  # of kept activations
 

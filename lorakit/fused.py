@@ -81,6 +81,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_watched(module: nn.Module) -> bool:
+    """True if somebody has hooks on the module, or has replaced its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     """The weight with which `lora_linear` may stand for calling `base(x)`, None where only the call will do.
 
@@ -88,8 +94,7 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     dtype, as under autocast, must be called. A class of the reader's own can offer `frozen_weight()`, which returns W
     (d_out, d_in) in the dtype of its inputs.
     """
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    if hooked or "forward" in vars(base) or torch.is_autocast_enabled(x.device.type):
+    if is_watched(base) or torch.is_autocast_enabled(x.device.type):
         return None
     if torch._C._are_functorch_transforms_active() or any(p.requires_grad for p in base.parameters()):
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.fused import frozen_weight
+from lorakit.fused import frozen_weight, is_watched
 from lorakit.lora import LoRALinear, linear_shape
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -27,8 +27,7 @@ def lean_forward(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if not all(isinstance(getattr(block, part, None), nn.Module) for part in PARTS):
         return None
     act, down, up = block.act_fn, block.down_proj, block.up_proj
-    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in (act, down)]
-    if any(map(any, hooks)) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
+    if is_watched(act) or is_watched(down) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
         return None
     try:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]

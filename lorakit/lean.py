@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorakit import gated, norms
+from lorakit.fused import is_watched
 
 
 @contextmanager
@@ -29,9 +30,3 @@ def lean(model: nn.Module) -> Iterator[int]:
     finally:
         for module in found:
             del module.forward
-
-
-def is_watched(module: nn.Module) -> bool:
-    """True if somebody has hooks on the module, or has replaced its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
