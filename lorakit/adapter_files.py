@@ -4,6 +4,7 @@ Names and defaults follow PEFT 0.21 (`peft.LoraConfig`, `peft.utils.save_and_loa
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _check_finite(tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         fast = tensor.numel() and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if not (torch.stack(tensor.aminmax()) if fast else tensor).isfinite().all():  # NaN is both least and greatest
+        finite = (
+            all(map(math.isfinite, tensor.aminmax())) if fast else tensor.isfinite().all()
+        )  # NaN is both
+        if not finite:
             raise AdapterError(f"expected finite values, got NaN or infinity in {key!r}")
 
 

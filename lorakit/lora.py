@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -66,13 +67,13 @@ class LoRALinear(nn.Module):
         if not math.isfinite(self.scale):
             raise ValueError(f"expected a finite scale, got {self.scale} from alpha {alpha!r}")
         self.base = base.requires_grad_(False)
-        like = next(iter([*base.parameters(), *base.buffers()]))
+        like = next(chain(base.parameters(), base.buffers()))
         dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
         self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=like.device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.train(base.training)
+        self.training = self.dropout.training = base.training
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if self.drops or (W := frozen_weight(self.base, x)) is None:
