@@ -124,9 +124,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _check_finite(tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         fast = tensor.numel() and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        finite = (
-            all(map(math.isfinite, tensor.aminmax())) if fast else tensor.isfinite().all()
-        )  # NaN is both
+        finite = all(map(math.isfinite, tensor.aminmax())) if fast else tensor.isfinite().all()  # NaN is both
         if not finite:
             raise AdapterError(f"expected finite values, got NaN or infinity in {key!r}")
 
