@@ -9,11 +9,14 @@ W has no gradient: it is frozen, and that is the third of the arithmetic that Lo
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lorakit.repacking import dequantized, is_linear4bit
 
 Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes it whenever it is needed
 
@@ -44,6 +47,24 @@ def lora_linear(
         y in x's dtype.
     """
     return _LoRALinear.apply(x, A, B, weight, bias, scale)
+
+
+def frozen_linear(
+    x: Float[Tensor, "*batch d_in"], weight: Callable[[], Tensor], bias: Float[Tensor, " d_out"] | None
+) -> Float[Tensor, "*batch d_out"]:
+    """Computes `x W' + b` for a frozen W that is made whenever it is needed, with a gradient for x alone."""
+    return _FrozenLinear.apply(x, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return F.linear(x, weight(), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.weight(), None, None
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -91,15 +112,20 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     """The weight with which `lora_linear` may stand for calling `base(x)`, None where only the call will do.
 
     A layer with hooks, a replaced `forward`, weights that train or are of a tensor subclass, or an input in another
-    dtype, as under autocast, must be called. A class of the reader's own can offer `frozen_weight()`, which returns W
-    (d_out, d_in) in the dtype of its inputs.
+    dtype, as under autocast, must be called. A class that stores its weight otherwise can offer `frozen_weight(dtype)`,
+    which returns W (d_out, d_in) in that dtype, as NF4Linear does. bitsandbytes' 4-bit layers are known too.
     """
     if is_watched(base) or torch.is_autocast_enabled(x.device.type):
         return None
     if torch._C._are_functorch_transforms_active() or any(p.requires_grad for p in base.parameters()):
         return None
+    bias = getattr(base, "bias", None)
+    if (hasattr(base, "frozen_weight") or is_linear4bit(base)) and bias is not None and bias.dtype != x.dtype:
+        return None
     if hasattr(base, "frozen_weight"):
-        return base.frozen_weight
+        return partial(base.frozen_weight, x.dtype)
+    if is_linear4bit(base):
+        return partial(dequantized, base, x.dtype) if base.compute_dtype in (None, x.dtype) else None
     if not (type(base) is nn.Linear or is_conv1d(base)) or type(base.weight) is not nn.Parameter:
         return None
     W = base.weight.detach()

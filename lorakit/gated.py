@@ -29,9 +29,13 @@ def lean_forward(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
     act, down, up = block.act_fn, block.down_proj, block.up_proj
     if is_watched(act) or is_watched(down) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
         return None
+    W = down.base.weight
+    dtype = W.dtype if W.is_floating_point() else getattr(down.base, "compute_dtype", down.A.dtype)
+    if dtype is None:  # bitsandbytes takes the first input's
+        return None
     try:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
-        x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, down.base.weight.dtype)
+        x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, dtype)
         with torch.random.fork_rng():  # dropout must not notice
             same = torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
     except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else

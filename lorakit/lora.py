@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.fused import frozen_weight, is_conv1d, lora_linear
+from lorakit.repacking import is_linear4bit, keep_order
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, rank: alpha / rank,  # Hu et al. 2021, section 4.1
@@ -66,6 +67,8 @@ class LoRALinear(nn.Module):
         self.scale = float((SCALINGS[scaling] if isinstance(scaling, str) else scaling)(alpha, rank))
         if not math.isfinite(self.scale):
             raise ValueError(f"expected a finite scale, got {self.scale} from alpha {alpha!r}")
+        if is_linear4bit(base):
+            keep_order(base)
         self.base = base.requires_grad_(False)
         like = next(chain(base.parameters(), base.buffers()))
         dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
@@ -99,7 +102,8 @@ class LoRALinear(nn.Module):
         """
         if not self.base.weight.is_floating_point():
             raise ValueError(
-                f"expected a floating-point base, got {type(self.base).__name__} ({self.base.weight.dtype})"
+                f"expected a floating-point base, got {type(self.base).__name__} ({self.base.weight.dtype}): "
+                "lorakit.quantized.dequantize_model first"
             )
         delta = self.delta_weight().T if is_conv1d(self.base) else self.delta_weight()  # as the base stores its weight
         plain = copy.deepcopy(self.base)

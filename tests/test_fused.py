@@ -195,11 +195,11 @@ class Rounded(nn.Module):
         self.in_features, self.out_features, self.bias = d_in, d_out, None
         self.register_buffer("codes", torch.randint(-8, 8, (d_out, d_in), dtype=torch.int8))
 
-    def frozen_weight(self):
-        return self.codes.float() / 8
+    def frozen_weight(self, dtype):
+        return self.codes.to(dtype) / 8
 
     def forward(self, x):
-        return F.linear(x, self.frozen_weight())
+        return F.linear(x, self.frozen_weight(x.dtype))
 
 
 def test_a_quantised_base_rides_on_it():

@@ -1,0 +1,62 @@
+"""bitsandbytes' 4-bit layers on a CPU with AVX512-BF16: how to keep their weights as they are.
+
+There a layer's first forward in eval mode, without a gradient, rearranges its codes in place for a faster kernel and
+rounds absmax to bfloat16. Whoever reads the codes in their usual order from then on gets other weights: dequantising,
+merging, and the backward pass of a later training, whose loss looks as it did before. (Seen in bitsandbytes 0.49 and
+0.50: `bitsandbytes.nn.Linear4bit.forward`.)
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+def prevent_repacking(model: nn.Module | None = None) -> bool:
+    """Makes bitsandbytes leave the codes of 4-bit layers in their order: of all made later, and of a model's.
+
+    Call it before a model is loaded, or give it the model before it has answered anything. Answers then take the usual
+    kernel, which is slower for a few tokens. LoRALinear does it for the layer that it wraps.
+
+    Args:
+        model: anything, with 4-bit layers or without.
+
+    Returns:
+        True if this machine would have repacked them.
+
+    Raises:
+        ValueError: a layer of the model is repacked already: its absmax is rounded, so it has to be loaded again.
+    """
+    try:
+        import bitsandbytes.nn.modules as library
+        from bitsandbytes.functional import has_avx512bf16
+    except ImportError:
+        return False
+    library.has_avx512bf16 = lambda: False
+    for name, module in model.named_modules() if model is not None else ():
+        if is_linear4bit(module):
+            keep_order(module, name)
+    return bool(has_avx512bf16())
+
+
+def keep_order(layer: nn.Module, name: str = "") -> None:
+    """The same for one 4-bit layer."""
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"expected 4-bit codes in their usual order, got repacked ones in layer {name!r}: bitsandbytes did it in "
+            "an eval-mode forward; load the model again and call prevent_repacking() first"
+        )
+    layer.support_avx512bf16_for_cpu = False
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """True for bitsandbytes' `Linear4bit` and its subclasses, with a weight that is quantised."""
+    library = sys.modules.get("bitsandbytes")
+    return library is not None and isinstance(module, library.nn.Linear4bit) and module.weight.quant_state is not None
+
+
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a 4-bit layer, (d_out, d_in), in `dtype`."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
