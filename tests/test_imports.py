@@ -13,12 +13,13 @@ from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 ORDER = [  # from the ground up
-    *("progress", "files", "manifest", "libraries", "machine", "attention"),
-    *("fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "nf4", "inject", "fold"),
+    *("progress", "files", "manifest", "libraries", "machine", "memory", "attention"),
+    *("repacking", "fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "nf4"),
+    *("inject", "fold", "quantized"),
     *("adapter_files", "adapter", "arithmetic", "budget"),
     *("fetch", "models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "many", "generate", "facts", "pretrain"),
-    *("sweep", "stats", "intrinsic", "intrinsic_card", "plots"),
+    *("recorded", "sweep", "stats", "intrinsic", "intrinsic_card", "plots"),
     *("answers", "checks_lowrank", "checks_lora", "checks_sft", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]

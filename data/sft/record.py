@@ -6,14 +6,11 @@
 Lesson 03 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
 """
 
-import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -24,9 +21,9 @@ import torch
 
 import lorakit
 from lorakit.batch import collate
-from lorakit.files import write_atomically
 from lorakit.libraries import quiet
 from lorakit.machine import fast
+from lorakit.recorded import record_runs
 from lorakit.sql import execution_accuracy
 from lorakit.train import batches, linear_schedule
 
@@ -150,35 +147,28 @@ def scores(model, tokenizer, arm, lr):
 RUNS = {"TRL SFTTrainer": run_trl, "LoRA": run_lora, "full": run_full, "prompt tuning": run_prompt}
 
 
-def main(prefix=""):
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": []}
-    made = {(run["arm"], run["lr"], run["seed"]) for run in results["runs"]}
-    for arm, rates in ARMS.items():
-        for lr, seed in product(rates, SEEDS):
-            if (arm, lr, seed) in made or not arm.startswith(prefix):
-                continue
-            start = time.perf_counter()
-            model, tokenizer, losses = RUNS[arm](lr, seed)
-            seconds = time.perf_counter() - start
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            run = {"arm": arm, "lr": lr, "seed": seed, "trained": trained, **scores(model, tokenizer, arm, lr)}
-            run |= {"losses": [round(loss, 7) for loss in losses], "seconds": round(seconds, 1)}
-            results["runs"].append(run)
-            results |= circumstances()
-            write_atomically({RESULTS: (json.dumps(results, indent=1) + "\n").encode()})
-            print({key: value for key, value in run.items() if key != "losses"}, flush=True)
-
-
-def circumstances():
-    packages = ("torch", "transformers", "peft", "trl", "datasets")
-    return {
-        "command": "python data/sft/record.py",
-        "model": "smollm2",
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "settings": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA, "virtual_tokens": VIRTUAL},
+def run(arm, lr, seed):
+    start = time.perf_counter()
+    model, tokenizer, losses = RUNS[arm](lr, seed)
+    seconds = time.perf_counter() - start
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trained": trained, **scores(model, tokenizer, arm, lr)} | {
+        "losses": [round(loss, 7) for loss in losses],
+        "seconds": round(seconds, 1),
     }
+
+
+def main(prefix=""):
+    chosen = [(arm, rates) for arm, rates in ARMS.items() if arm.startswith(prefix)]
+    record_runs(
+        RESULTS,
+        [{"arm": arm, "lr": lr, "seed": seed} for arm, rates in chosen for lr, seed in product(rates, SEEDS)],
+        run,
+        "python data/sft/record.py",
+        ("torch", "transformers", "peft", "trl", "datasets"),
+        model="smollm2",
+        settings={"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA, "virtual_tokens": VIRTUAL},
+    )
 
 
 if __name__ == "__main__":

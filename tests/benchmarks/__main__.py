@@ -39,13 +39,23 @@ ROWS = {  # what stands in the README: the comparison, the arm
     "eight adapters of the tiny base at once, against one by one": ("eight adapters of the tiny base", "lorakit"),
     "merge and unmerge": ("merge + unmerge", "lorakit"),
     "save and load an adapter": ("save + load", "lorakit"),
+    "a QLoRA step (NF4, double quantisation), float32, against PEFT on bitsandbytes": (
+        "QLoRA step, float32",
+        "lorakit",
+    ),
+    "a QLoRA step, bfloat16": ("QLoRA step, bfloat16", "lorakit"),
+    "quantise to NF4, against bitsandbytes": ("quantise to NF4", "lorakit"),
+    "dequantise to float32": ("dequantise from NF4, float32", "lorakit"),
+    "dequantise to bfloat16": ("dequantise from NF4, bfloat16", "lorakit"),
 }
 
 
 def circumstances() -> dict:
     """What a figure depends on besides the code."""
     report = doctor.examine()
-    versions = {name: report["versions"][name] for name in ("python", "torch", "transformers", "peft", "trl")}
+    versions = {
+        name: report["versions"][name] for name in ("python", "torch", "transformers", "peft", "trl", "bitsandbytes")
+    }
     machine = {name: report["machine"].get(name) for name in ("cpu", "cores", "cpu_flags", "onednn_gain")}
     return {"versions": versions, "machine": machine, "threads": torch.get_num_threads(), "date": f"{date.today()}"}
 

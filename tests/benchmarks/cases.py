@@ -11,9 +11,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from paired import Comparison, alternate, peak_bytes, returning_memory, rounds_from, seconds
+from paired import Comparison, alternate, rounds_from, seconds
 
 import lorakit
+from lorakit import nf4
 from lorakit.batch import collate
 from lorakit.facts import encoded, facts
 from lorakit.lean import lean
@@ -21,10 +22,15 @@ from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
 from lorakit.machine import fast
 from lorakit.many import Spec, fit_many
+from lorakit.memory import peak_bytes, returning_memory
+from lorakit.quantized import quantize_model
+from lorakit.repacking import prevent_repacking
 from lorakit.train import batches, linear_schedule
 
 with quiet():
+    import bitsandbytes
     import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 HERE = Path(__file__).parent
 SQL = {"steps": 44, "lr": 3e-3, "batch_size": 8}  # lesson 00's training
@@ -274,4 +280,65 @@ def floor():
     return found
 
 
-CASES = {f.__name__: f for f in (step, memory, gradients, floor, many, files, training)}
+def four_bits():
+    """Rounding the weight of one layer to NF4, and reading it back, against bitsandbytes; double quantisation apart."""
+    found, functional = {}, bitsandbytes.functional
+    W = torch.randn(1536, 576, generator=torch.Generator().manual_seed(0)) * 0.02  # SmolLM2's up-projection
+    codes, state = functional.quantize_4bit(W, quant_type="nf4")
+
+    def theirs_quantize():
+        return functional.quantize_4bit(W, quant_type="nf4")
+
+    arms = {"bitsandbytes": theirs_quantize, "lorakit": lambda: nf4.quantize(W)}
+    found["quantise to NF4"] = repeated(arms)
+    for name, dtype in DTYPES.items():
+        state.dtype = dtype
+        arms = {
+            "bitsandbytes": lambda: functional.dequantize_4bit(codes, state),
+            "lorakit": lambda d=dtype: nf4.dequantize(codes.view(-1), state.absmax, W.shape, d),
+        }
+        found[f"dequantise from NF4, {name}"] = repeated(arms)
+    return found
+
+
+def repeated(arms, times=20):
+    """Each round of an arm is so many calls: one takes less than a millisecond."""
+    return alternate(
+        {arm: lambda w=work: [w() for _ in range(times)] for arm, work in arms.items()}, rounds_from(15)
+    ).record()
+
+
+def qlora():
+    """One QLoRA step of 4 x 128 tokens, rank 8, NF4 with double quantisation: lorakit against PEFT on bitsandbytes."""
+    found, batch = {}, random_batch()
+    prevent_repacking()
+    folder = lorakit.load_model("smollm2")[0].name_or_path
+    for name, dtype in DTYPES.items():
+        with quiet():
+            four = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            theirs, base = (
+                AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, dtype=dtype) for _ in range(2)
+            )
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            theirs = peft.get_peft_model(theirs, config).train()
+        ours = quantize_model(lorakit.load_model("smollm2", dtype=dtype)[0])
+        for model in (ours, base):
+            lorakit.inject(model.train(), 8, 16)
+        arms = {
+            "PEFT on bitsandbytes": stepper(theirs, lambda b, m=theirs: m(**b).loss, batch, contextlib.nullcontext),
+            "lorakit": stepper(ours, lambda b, m=ours: completion_loss(m, b), batch, lambda m=ours: as_fit(m)),
+            "lorakit on bitsandbytes": stepper(
+                base, lambda b, m=base: completion_loss(m, b), batch, lambda m=base: as_fit(m)
+            ),
+        }
+        found[f"QLoRA step, {name}"] = alternate(arms, rounds_from(7)).record()
+    return found
+
+
+CASES = {f.__name__: f for f in (step, memory, gradients, floor, many, files, four_bits, qlora, training)}

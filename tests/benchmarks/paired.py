@@ -54,25 +54,6 @@ def alternate(arms: dict[str, Callable[[], object]], rounds: int, warm: int = 1)
     return Comparison("s", values)
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """By how much the process's memory in use grows at most during a call, Linux only; see `returning_memory`."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
-
-
-def returning_memory() -> dict[str, str]:
-    """The environment of a process whose freed tensors go back to the system at once: resident is in use (glibc)."""
-    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "LORAKIT_MALLOC": "0"}
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-
 def rounds_from(default: int) -> int:
     """How many rounds to do; the environment can ask for fewer."""
     return int(os.environ.get("ROUNDS", default))

@@ -1,0 +1,164 @@
+"""Trains SmolLM2 on the SQL task with LoRA, its base in 32, 16, 8 and 4 bits.
+
+    python data/qlora/record.py          all runs, about 45 minutes on two cores
+    python data/qlora/record.py NF4      the runs whose base begins so
+
+Lesson 04 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import lorakit
+from lorakit import nf4
+from lorakit.batch import collate
+from lorakit.lean import lean
+from lorakit.libraries import quiet
+from lorakit.loss import completion_loss
+from lorakit.machine import fast
+from lorakit.memory import peak_bytes, returning_memory
+from lorakit.quantized import quantize_model
+from lorakit.recorded import record_runs
+from lorakit.sql import execution_accuracy
+from lorakit.train import batches, linear_schedule
+
+with quiet():
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+RESULTS = Path(__file__).with_name("results.json")
+STEPS, BATCH, RANK, ALPHA, ITEMS = 44, 8, 16, 32, 208
+SEEDS = (0, 1, 2)
+RATES = (3e-3, 1e-3, 1e-2)
+ARMS = {  # base -> learning rates; all are tuned where the text compares them
+    "float32": RATES,
+    "NF4": RATES,
+    "bfloat16": RATES,
+    "NF4, bfloat16": RATES,
+    "FP4": RATES[:1],
+    "int8": RATES[:1],
+}
+
+
+def base(arm):
+    """SmolLM2 with its linear layers as the arm has them, and its tokenizer."""
+    dtype = torch.bfloat16 if "bfloat16" in arm else torch.float32
+    if arm == "int8":
+        _, tokenizer = lorakit.load_model("smollm2")
+        with quiet():
+            config = BitsAndBytesConfig(load_in_8bit=True)
+            name = tokenizer.name_or_path
+            return AutoModelForCausalLM.from_pretrained(name, quantization_config=config, dtype=dtype), tokenizer
+    model, tokenizer = lorakit.load_model("smollm2", dtype=dtype)
+    codebook = {"NF4": nf4.NF4, "FP4": nf4.FP4}.get(arm.split(",")[0])
+    return (quantize_model(model, codebook=codebook) if codebook else model), tokenizer
+
+
+def adapted(arm, seed):
+    """The same, with adapters that start alike in all arms; PEFT's on the 8-bit base, which computes in its own way."""
+    model, tokenizer = base(arm)
+    if arm != "int8":
+        torch.manual_seed(seed)
+        lorakit.inject(model, RANK, ALPHA)
+        return model, tokenizer
+    start, _ = lorakit.load_model("smollm2")
+    torch.manual_seed(seed)
+    lorakit.inject(start, RANK, ALPHA)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        lorakit.save_adapter(start, folder)
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True), tokenizer
+
+
+def encoded(tokenizer, items):
+    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
+
+
+def train(model, examples, lr, seed):
+    """`fit`, or for PEFT's model the same recipe in plain operations."""
+    if not hasattr(model, "peft_config"):
+        return lorakit.fit(model, examples, steps=STEPS, batch_size=BATCH, lr=lr, seed=seed, show=False).loss
+    params = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(params, lr=lr, weight_decay=0.0), []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, STEPS, math.ceil(STEPS / 10)))
+    for indices in batches(len(examples), BATCH, STEPS, seed):
+        loss = model(**collate([examples[i] for i in indices])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def run(arm, lr, seed):
+    """One training and its scores on questions about new tables: `exact` to the letter, `right` by its rows."""
+    model, tokenizer = adapted(arm, seed)
+    start = time.perf_counter()
+    losses = train(model, encoded(tokenizer, lorakit.load_sql("train")), lr, seed)
+    found = {"seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
+    items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
+    found |= {"items": len(items), "exact": sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))}
+    if lr == RATES[0]:  # generation takes longer than training
+        answers = lorakit.greedy(model, tokenizer, [item.prompt for item in items], max_new_tokens=32, show=False)
+        found["right"] = sum(execution_accuracy(items, answers))
+    return found
+
+
+def cost(arm):
+    """What a base takes, measured in a process of its own: bytes, and by how much a step exceeds them."""
+    command = [sys.executable, __file__, "--cost", arm]
+    done = subprocess.run(command, env=returning_memory(), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_cost(arm):
+    """The body of that process: one step on 4 x 128 tokens, all labelled."""
+    model, _ = adapted(arm, 0)
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    ids = torch.randint(5, 49_000, (4, 128), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    ours = not hasattr(model.train(), "peft_config")
+
+    def step():
+        (completion_loss(model, batch) if ours else model(**batch).loss).backward()
+        model.zero_grad(set_to_none=True)
+
+    if ours:
+        with fast(model, 512), lean(model):
+            step()
+            grown = sorted(peak_bytes(step) for _ in range(3))[1]
+    else:
+        step()
+        grown = sorted(peak_bytes(step) for _ in range(3))[1]
+    print(json.dumps({"base_bytes": sum(tensors.values()) - trained, "step_bytes": grown}))
+
+
+def main(prefix=""):
+    chosen = {arm: rates for arm, rates in ARMS.items() if arm.startswith(prefix)}
+    record = {
+        "command": "python data/qlora/record.py",
+        "packages": ("torch", "transformers", "peft", "bitsandbytes"),
+        "model": "smollm2",
+        "settings": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA},
+    }
+    record_runs(RESULTS, [{"arm": arm, "of": "cost"} for arm in chosen], lambda arm, of: cost(arm), **record)
+    for lr in RATES:
+        settings = [{"arm": arm, "lr": lr, "seed": seed} for arm, seed in product(chosen, SEEDS) if lr in chosen[arm]]
+        record_runs(RESULTS, settings, run, **record)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--cost"]:
+        print_cost(sys.argv[2])
+    else:
+        main(*sys.argv[1:2])
