@@ -21,7 +21,7 @@ BLOCK_SIZE, ABSMAX_BLOCK_SIZE = 64, 256  # values of a weight that share an absm
 OFFSET = 0.9677083  # the outermost quantile: 1 - (1/32 + 1/30) / 2, rounded as in QLoRA's code
 TINY = 1e-38  # what a block of zeros is divided by
 GRID = 65_535  # bytes are looked up after rounding to 2 / GRID
-CHUNK = 1 << 22  # values that are worked on at a time, so that little is needed besides the result
+CHUNK = 1 << 20  # values that are worked on at a time, so that little is needed besides the result
 
 
 def nf4_codebook() -> Float32[Tensor, "16"]:
@@ -110,15 +110,20 @@ def dequantize(
     block_size: int = BLOCK_SIZE,
 ) -> Float[Tensor, "*shape"]:
     """Undoes `quantize`: codebook[code] * absmax, a float32 product that is rounded once to `dtype`."""
-    n, chunk = math.prod(shape), _chunk(block_size)
+    n, chunk, table = math.prod(shape), _chunk(block_size), _pairs(codebook, codes.device)
     out = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
+    scratch = out if dtype == torch.float32 else torch.empty_like(out[:chunk], dtype=torch.float32)
     parts = zip(out.split(chunk), codes.split(chunk // 2), absmax.split(chunk // block_size), strict=True)
     for target, part, scales in parts:
-        values = _pairs(codebook, codes.device).index_select(0, part.int()).view(torch.float32)  # two to a look-up
+        values = target if scratch is out else scratch[: len(target)]
+        rows = math.gcd(len(part), 64)  # torch looks them up in parallel, row by row, two values at a time
+        pairs = values.view(table.dtype).view(rows, -1)
+        torch.gather(table.expand(rows, 256), 1, part.view(rows, -1).long(), out=pairs)
         whole = len(values) // block_size
         values[: whole * block_size].view(whole, block_size).mul_(scales[:whole, None])
         values[whole * block_size :] *= scales[-1]  # the last block, if it is shorter
-        target.copy_(values)
+        if scratch is not out:
+            target.copy_(values)
     return out[:n].view(shape)
 
 
