@@ -3,6 +3,7 @@
 from lorakit.adapter import load_adapter, save_adapter
 from lorakit.adapter_files import AdapterError
 from lorakit.batch import Example, encode
+from lorakit.budget import Budget, budget
 from lorakit.fold import folded
 from lorakit.generate import exact_match, greedy
 from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
@@ -15,6 +16,7 @@ from lorakit.train import History, fit
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "Budget",
     "Count",
     "Example",
     "Fitted",
@@ -22,6 +24,7 @@ __all__ = [
     "LoRALinear",
     "Spec",
     "adapters",
+    "budget",
     "count",
     "encode",
     "exact_match",

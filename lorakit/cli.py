@@ -117,9 +117,48 @@ def _exercises(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a name (smollm2, llama-2-7b, ...), a folder, a config.json or a hub id")
+    parser.add_argument("--method", nargs="+", default=["full", "lora", "qlora"], metavar="METHOD",
+                        help="full, lora, lora-8bit, qlora (default: all but lora-8bit, side by side)")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME",
+                        help="layers that get an adapter, by name (default: all-linear)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="of each sequence (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    parser.add_argument("--optimizer", default="adamw", help="adamw, adamw-8bit, adamw-paged, adafactor, sgd, "
+                        "sgd-momentum (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="compute activations twice instead of keeping them"
+    )
+    parser.add_argument(
+        "--master-weights", action="store_true", help="keep a float32 copy of 16-bit weights that train"
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def _budget(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from lorakit.budget import budget, table
+
+    settings = {
+        **{name: getattr(args, name) for name in ("rank", "tokens", "dtype", "optimizer", "checkpointing")},
+        **{"targets": args.targets[0] if len(args.targets) == 1 else args.targets},
+        **{"batch_size": args.batch, "master_weights": args.master_weights},
+    }
+    budgets = [budget(args.model, method, **settings) for method in args.method]
+    records = [asdict(each) | {"peak_bytes": each.peak_bytes} for each in budgets]
+    print(json.dumps(records, indent=2) if args.json else table(budgets))
+    return 0
+
+
 COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
+    "budget": Command("what a training step needs, from a model's config alone", _declare_budget, _budget),
     "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
     "pretrain": Command("make the tiny base model from nothing, about two minutes", _declare_pretrain, _pretrain),
     "intrinsic": Command("record how many dimensions facts need, resumably", _declare_intrinsic, _intrinsic),

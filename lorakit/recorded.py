@@ -14,7 +14,7 @@ from lorakit.files import write_atomically
 
 def record_runs(
     path: Path,
-    settings: Iterable[dict[str, Any]],
+    grid: Iterable[dict[str, Any]],
     run: Callable[..., dict[str, Any]],
     command: str,
     packages: Iterable[str] = ("torch", "transformers", "peft"),
@@ -24,7 +24,7 @@ def record_runs(
 
     Args:
         path: of the JSON file: `runs` and, beside it, the circumstances of the last one.
-        settings: of each run, plain values that name it: `{"arm": "LoRA", "lr": 3e-3, "seed": 0}`.
+        grid: the settings of each run, plain values that name it: `{"arm": "LoRA", "lr": 3e-3, "seed": 0}`.
         run: called as `run(**setting)`, returns plain values to be recorded.
         command: that makes the file.
         packages: whose versions are recorded.
@@ -34,7 +34,7 @@ def record_runs(
         all runs of the file.
     """
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
-    for setting in settings:
+    for setting in grid:
         if any(setting.items() <= made.items() for made in results["runs"]):
             continue
         made = setting | run(**setting)
