@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter_files import AdapterError, read_adapter, write_adapter
+from lorakit.dora import DoRALinear
 from lorakit.inject import Count, adapters, count, is_named, linear_layers, wrap
 from lorakit.lora import SCALINGS, LoRALinear, is_conv1d, linear_shape
 
@@ -21,37 +22,39 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Writes the adapters of a model as PEFT would, each file atomically.
 
     Args:
-        model: a model with LoRALinear layers; ranks and scales may differ between layers. A scaling rule of the
-            reader's own is written as the alpha that gives the same scale.
+        model: a model with LoRALinear layers, or with DoRALinear layers; ranks and scales may differ between them. A
+            scaling rule of the reader's own is written as the alpha that gives the same scale.
         folder: made if missing; other files in it are kept.
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: no adapters, adapters that are not LoRALinear, values that are not finite, or further trainable
+        ValueError: no adapters, adapters of other kinds or of both, values that are not finite, or further trainable
             parameters, which the files could not hold.
     """
     layers = adapters(model)
     if not layers:
         raise ValueError("expected a model with adapters, got a plain one")
+    kind = type(next(iter(layers.values())))
     for name, layer in layers.items():
-        if type(layer) is not LoRALinear:
-            raise ValueError(f"expected LoRALinear layers, got {type(layer).__name__} for layer {name!r}")
-    inside = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
+        if type(layer) is not kind or kind not in (LoRALinear, DoRALinear):
+            expected = kind.__name__ if kind is DoRALinear else "LoRALinear"
+            raise ValueError(f"expected {expected} layers, got {type(layer).__name__} for layer {name!r}")
+    inside = {id(p) for layer in layers.values() for p in _parts(layer).values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if lost:
         raise ValueError(f"expected only adapters to be trainable, got also {', '.join(lost[:4])}: they would be lost")
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.B.detach().cpu().contiguous()
+        for part, parameter in _parts(layer).items():
+            tensors[f"{PREFIX}{name}.{part}"] = parameter.detach().cpu().contiguous()
     write_adapter(Path(folder), tensors, _config(model, layers))
     return Path(folder)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> Count:
-    """Puts a saved adapter, written by `save_adapter` or by PEFT as plain LoRA or rsLoRA, into a model.
+    """Puts a saved adapter, written by `save_adapter` or by PEFT as plain LoRA, rsLoRA or DoRA, into a model.
 
     A plain model is injected and its other parameters are frozen. A model that already carries adapters of the same
     layers, ranks and scales gets the file's values in place, so that an optimiser keeps its parameters.
@@ -65,7 +68,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> Count:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        AdapterError: the files are damaged (truncated, altered, not finite), name a method other than plain LoRA, or do
+        AdapterError: the files are damaged (truncated, altered, not finite), name another method, or do
             not fit the model. The model is untouched.
     """
     tensors, config = read_adapter(Path(folder))
@@ -73,9 +76,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> Count:
     bases = {n: a.base for n, a in present.items()} if present else linear_layers(model)
     settings = _settings(tensors, config, bases)
     scaling = "rslora" if config.get("use_rslora") else "lora"
+    kind = DoRALinear if config.get("use_dora") else LoRALinear
     if present:
         for name, layer in present.items():
             rank, alpha = settings[name]
+            if type(layer) is not kind:
+                raise AdapterError(f"expected a file for {type(layer).__name__} layers, got one for {kind.__name__}")
             if layer.rank != rank or not math.isclose(layer.scale, SCALINGS[scaling](alpha, rank)):
                 raise AdapterError(
                     f"expected rank {layer.rank} and scale {layer.scale:g} for layer {name!r}, got others"
@@ -87,16 +93,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> Count:
 
     def make(name: str, base: nn.Module) -> LoRALinear:
         rank, alpha = settings[name]
-        return _fill(LoRALinear(base, rank, alpha, dropout, scaling), name, tensors)
+        return _fill(kind(base, rank, alpha, dropout, scaling), name, tensors)
 
     return wrap(model, settings, make)
 
 
 def _fill(layer: LoRALinear, name: str, tensors: dict[str, Tensor]) -> LoRALinear:
     with torch.no_grad():
-        layer.A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
-        layer.B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+        for part, parameter in _parts(layer).items():
+            parameter.copy_(tensors[f"{PREFIX}{name}.{part}"])
     return layer
+
+
+def _parts(layer: LoRALinear) -> dict[str, Tensor]:
+    """What a layer trains, by the names that PEFT's files have for it."""
+    parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
+    return parts | ({"lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else {})
 
 
 def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
         "use_rslora": rule == "rslora",
-        "use_dora": False,
+        "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
         "init_lora_weights": True,
@@ -134,11 +146,13 @@ def _alpha(layer: LoRALinear, rule: str) -> float:
 def _settings(tensors: dict[str, Tensor], config: dict, bases: dict[str, nn.Module]) -> dict[str, tuple[int, float]]:
     """Rank and alpha of each layer in the file, once names, shapes and settings are seen to fit the model."""
     found: dict[str, dict[str, Tensor]] = {}
+    parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, parts))})", key)
         if match is None:
+            kind = "DoRA" if config.get("use_dora") else "plain LoRA"
             raise AdapterError(
-                f"expected only lora_A and lora_B of linear layers, got {key!r}, which is not plain LoRA"
+                f"expected only {' and '.join(parts)} of linear layers, got {key!r}, which is not {kind}"
             )
         found.setdefault(match[1], {})[match[2]] = tensor
     foreign = [name for name in found if name not in bases]
@@ -147,9 +161,11 @@ def _settings(tensors: dict[str, Tensor], config: dict, bases: dict[str, nn.Modu
             f"expected layers of this model, got {foreign[0]!r} ({len(foreign)} unknown): another model's file?"
         )
     expected = {name for name in bases if _is_targeted(name, config)}
-    odd = sorted(expected ^ set(found)) or sorted(name for name, pair in found.items() if len(pair) < 2)
+    odd = sorted(expected ^ set(found)) or sorted(name for name, got in found.items() if len(got) < len(parts))
     if odd:
-        raise AdapterError(f"expected A and B of every layer that target_modules names, got another set: {odd[0]!r}")
+        raise AdapterError(
+            f"expected {' and '.join(parts)} of every layer that target_modules names, not so: {odd[0]!r}"
+        )
     settings = {}
     for name in (name for name in bases if name in found):
         rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
@@ -157,10 +173,10 @@ def _settings(tensors: dict[str, Tensor], config: dict, bases: dict[str, nn.Modu
         if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise AdapterError(f"expected an integer r and a finite lora_alpha, got {rank!r} and {alpha!r}")
         d_out, d_in = linear_shape(bases[name])
-        for letter, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
-            got = tuple(found[name][letter].shape)
-            if got != shape or not found[name][letter].is_floating_point():
-                raise AdapterError(f"expected floats of shape {shape} for lora_{letter} of layer {name!r}, got {got}")
+        for part, shape in zip(parts, ((rank, d_in), (d_out, rank), (d_out,)), strict=False):
+            got = tuple(found[name][part].shape)
+            if got != shape or not found[name][part].is_floating_point():
+                raise AdapterError(f"expected floats of shape {shape} for {part} of layer {name!r}, got {got}")
         settings[name] = (rank, alpha)
     return settings
 

@@ -21,9 +21,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKSUM = "lorakit_xxh3"  # a field of the safetensors header, which PEFT ignores; it finds damage, not forgery
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
-# Settings of a LoraConfig that leave a trained layer plain LoRA, or that adapter.py reads.
+# Settings of a LoraConfig that leave a trained layer plain LoRA or DoRA, or that adapter.py reads.
 PLAIN = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
     *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
@@ -72,7 +72,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        AdapterError: a file is damaged, or the configuration is not plain LoRA.
+        AdapterError: a file is damaged, or the configuration is neither plain LoRA nor DoRA.
     """
     config = _read_config(folder / CONFIG)
     tensors, checksum = _read_tensors(folder / WEIGHTS)

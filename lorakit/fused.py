@@ -130,3 +130,19 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
         return None
     W = base.weight.detach()
     return (W.T if is_conv1d(base) else W) if W.dtype == x.dtype and W.is_floating_point() else None
+
+
+def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a linear-like layer, whichever way it is stored, in `dtype`.
+
+    Raises:
+        ValueError: it is quantised in a way that is not known here.
+    """
+    if hasattr(base, "frozen_weight"):
+        return base.frozen_weight(dtype)
+    if is_linear4bit(base):
+        return dequantized(base, dtype)
+    if not base.weight.is_floating_point():
+        raise ValueError(f"expected a weight that can be read, got {type(base).__name__} of {base.weight.dtype}")
+    W = base.weight.detach().to(dtype)
+    return W.T if is_conv1d(base) else W
