@@ -4,12 +4,16 @@ from lorakit.adapter import load_adapter, save_adapter
 from lorakit.adapter_files import AdapterError
 from lorakit.batch import Example, encode
 from lorakit.budget import Budget, budget
+from lorakit.dora import DoRALinear
 from lorakit.fold import folded
 from lorakit.generate import exact_match, greedy
 from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
 from lorakit.lora import LoRALinear
 from lorakit.many import Fitted, Spec, fit_many
 from lorakit.models import load_model
+from lorakit.nf4 import NF4Linear
+from lorakit.quantized import dequantize_model, quantize_model
+from lorakit.repacking import prevent_repacking
 from lorakit.sql import execution_accuracy, load_sql
 from lorakit.train import History, fit
 
@@ -18,14 +22,17 @@ __all__ = [
     "AdapterError",
     "Budget",
     "Count",
+    "DoRALinear",
     "Example",
     "Fitted",
     "History",
     "LoRALinear",
+    "NF4Linear",
     "Spec",
     "adapters",
     "budget",
     "count",
+    "dequantize_model",
     "encode",
     "exact_match",
     "execution_accuracy",
@@ -39,6 +46,8 @@ __all__ = [
     "load_model",
     "load_sql",
     "merge",
+    "prevent_repacking",
+    "quantize_model",
     "remove",
     "save_adapter",
 ]

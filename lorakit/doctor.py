@@ -163,7 +163,7 @@ def find_traps(report: dict[str, Any]) -> list[str]:
     if versions.get("bitsandbytes") and "avx512_bf16" in machine.get("cpu_flags", "").split():
         traps.append(
             "bitsandbytes on a CPU with AVX512-BF16: the first forward in eval mode repacks 4-bit weights in place; "
-            "merging, dequantising and the gradients of training are then silently wrong: call "
+            "merging and dequantising are then wrong, and training gets no gradient through them: call "
             "lorakit.repacking.prevent_repacking() before loading in 4 bits (lorakit's own layers see to it)"
         )
     if machine.get("torch_cuda_build") and not machine.get("gpu"):

@@ -1,9 +1,9 @@
 """bitsandbytes' 4-bit layers on a CPU with AVX512-BF16: how to keep their weights as they are.
 
 There a layer's first forward in eval mode, without a gradient, rearranges its codes in place for a faster kernel and
-rounds absmax to bfloat16. Whoever reads the codes in their usual order from then on gets other weights: dequantising,
-merging, and the backward pass of a later training, whose loss looks as it did before. (Seen in bitsandbytes 0.49 and
-0.50: `bitsandbytes.nn.Linear4bit.forward`.)
+rounds absmax to bfloat16. Whoever reads the codes in their usual order from then on, to dequantise or to merge, gets
+other weights. And the faster kernel has no backward pass: a later training gets no gradient through the layer, while
+its loss looks as it did before. (Seen in bitsandbytes 0.50: `bitsandbytes.nn.Linear4bit.forward`.)
 """
 
 import sys

@@ -2,6 +2,7 @@
 
     python data/qlora/record.py          all runs, about 35 minutes on two cores
     python data/qlora/record.py NF4      the runs whose base begins so
+    python data/qlora/record.py budgets  memory of models that do not fit here, two minutes, into budgets.json
 
 Lesson 04 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
 """
@@ -33,6 +34,7 @@ with quiet():
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+SIZES = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 RESULTS = Path(__file__).with_name("results.json")
 STEPS, BATCH, RANK, ALPHA, ITEMS = 44, 8, 16, 32, 208
 SEEDS = (0, 1, 2)
@@ -144,6 +146,30 @@ def print_cost(arm):
     print(json.dumps({"base_bytes": sum(tensors.values()) - trained, "step_bytes": grown}))
 
 
+def budgets():
+    """What models need that do not fit here, by `lorakit.budget`: deterministic, recorded because it takes a minute."""
+    bf16 = {"dtype": "bfloat16", "batch_size": 1, "tokens": 512, "checkpointing": True}
+    mixed = {"method": "full", "optimizer": "adamw-paged", "master_weights": True}
+    qv = {"targets": ["q_proj", "v_proj"], "rank": 4, "dtype": "float16", "batch_size": 1, "tokens": 2048}
+    grid = [
+        *({"model": name} | bf16 | more for name in SIZES for more in (mixed, {"method": "lora"}, {"method": "qlora"})),
+        {"model": "llama-65b"} | bf16 | {"method": "full", "optimizer": "adamw-paged"},
+        {"model": "llama-65b"} | bf16 | {"method": "qlora", "rank": 64},
+        *({"model": "gpt-3-175b", "method": method, "checkpointing": True} | qv for method in ("full", "lora")),
+        *(
+            {"model": "llama-2-7b", "method": method, "dtype": "bfloat16", "batch_size": 1, "tokens": tokens}
+            for tokens in (256, 1024, 4096)
+            for method in ("full", "lora", "qlora")
+        ),
+    ]
+
+    def run(model, **settings):
+        found = lorakit.budget(model, **settings)
+        return {"parameters": found.parameters, "trained": found.trained, "peak": found.peak}
+
+    record_runs(RESULTS.with_name("budgets.json"), grid, run, "python data/qlora/record.py budgets")
+
+
 def main(prefix=""):
     chosen = {arm: rates for arm, rates in ARMS.items() if arm.startswith(prefix)}
     record = {
@@ -161,5 +187,7 @@ def main(prefix=""):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--cost"]:
         print_cost(sys.argv[2])
+    elif sys.argv[1:2] == ["budgets"]:
+        budgets()
     else:
         main(*sys.argv[1:2])
