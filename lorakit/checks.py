@@ -10,16 +10,19 @@ from lorakit.checks_lowrank import (
     check_rank_for_energy,
     check_similarity,
 )
+from lorakit.checks_qlora import check_codebook, check_four_bits, check_round_trip, check_step, check_storage
 from lorakit.checks_sft import check_compare, check_is_active, check_mask, check_matches, check_modern
 
 __all__ = [
     "CheckFailed",
     "check_balance",
     "check_best_approximation",
+    "check_codebook",
     "check_compare",
     "check_control",
     "check_count",
     "check_first_update",
+    "check_four_bits",
     "check_grow",
     "check_is_active",
     "check_largest_rank",
@@ -29,6 +32,9 @@ __all__ = [
     "check_merge",
     "check_modern",
     "check_rank_for_energy",
+    "check_round_trip",
     "check_similarity",
+    "check_step",
+    "check_storage",
     "check_swap",
 ]
