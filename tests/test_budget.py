@@ -311,8 +311,9 @@ def test_flops_follow_the_rule_of_two_a_weight_and_token(name):
 
 def test_experts_are_counted():
     config = transformers.Qwen3MoeConfig(
-        **SIZES | {"head_dim": 16}, **ENDS, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2
+        **SIZES, **ENDS, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2
     )
+    config.head_dim = 16
     found = budget(config, "full", dtype="bfloat16", batch_size=ROWS, tokens=TOKENS)
     active = LAYERS * (2 * WIDTH * (4 + 2) * 16 + 8 * WIDTH + 2 * 3 * WIDTH * 32) + VOCAB * WIDTH
     attention = 2 * LAYERS * 2 * TOKENS * 4 * 16

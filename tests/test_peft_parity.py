@@ -140,7 +140,6 @@ def test_pefts_settings_survive_the_way_here_and_back(case, tmp_path):
 
 
 REFUSED = {
-    "use_dora": ({"use_dora": True}, "use_dora"),
     "bias": ({"bias": "lora_only"}, "bias"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
