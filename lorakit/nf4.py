@@ -87,7 +87,7 @@ def quantize(
     ascending, order = torch.tensor(codebook, device=x.device).sort(stable=True)
     middles, order = (ascending[1:] + ascending[:-1]) / 2, order.to(torch.uint8)
     parts = []
-    for part in x.detach().reshape(-1).split(_chunk(block_size)):
+    for part in x.detach().reshape(-1).split(_chunk(block_size, 8)):  # its steps need more room
         scaled, absmax = _scaled(part.float(), block_size)
         if not absmax.isfinite().all():
             raise ValueError("expected finite values, got NaN or infinity")
@@ -157,8 +157,8 @@ def _scaled(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return scaled.flatten()[: len(x)], absmax
 
 
-def _chunk(block_size: int) -> int:
-    return max(CHUNK // block_size, 1) * block_size
+def _chunk(block_size: int, parts: int = 1) -> int:
+    return max(CHUNK // parts // block_size, 1) * block_size
 
 
 @cache
