@@ -85,7 +85,8 @@ def quantize(
     if not 2 <= len(codebook) <= 16:
         raise ValueError(f"expected a codebook of 2 to 16 numbers, got {len(codebook)}")
     ascending, order = torch.tensor(codebook, device=x.device).sort(stable=True)
-    middles, order = (ascending[1:] + ascending[:-1]) / 2, order.to(torch.uint8)
+    middles = ((ascending[1:] + ascending[:-1]) / 2).tolist()
+    in_order, order = bool((order.diff() > 0).all()), order.to(torch.uint8)
     parts = []
     for part in x.detach().reshape(-1).split(_chunk(block_size, 8)):  # its steps need more room
         scaled, absmax = _scaled(part.float(), block_size)
@@ -95,7 +96,10 @@ def quantize(
             absmax[-1].clamp_(min=TINY)
             scaled[-rest:] = (part[-rest:].float() / absmax[-1]).clamp_(-1, 1)
         scaled = nn.functional.pad(scaled, (0, len(scaled) % 2))
-        codes = order.index_select(0, torch.bucketize(scaled, middles, out_int32=True))
+        codes = torch.zeros(len(scaled), dtype=torch.uint8, device=x.device)
+        for middle in middles:  # how many lie below a value; in so short a list, faster than to search it
+            codes += scaled > middle
+        codes = codes if in_order else order.index_select(0, codes.int())
         parts.append((codes[::2] << 4 | codes[1::2], absmax))
     codes, absmax = map(torch.cat, zip(*parts, strict=True))
     return codes, absmax
