@@ -216,6 +216,7 @@ SOUND = {
     ("section", "change", "word"),
     [
         ("machine", {"cpu_flags": "avx2 avx512_bf16"}, "AVX512-BF16"),
+        ("machine", {"cpu_flags": "avx2 avx512_f"}, "whole number of blocks"),
         ("machine", {"torch_cuda_build": "12.9", "gpu": None}, "CUDA build"),
         ("machine", {"torch_threads": 1}, "1 of 4 cores"),
         ("machine", {"OMP_NUM_THREADS": "8"}, "more threads"),
