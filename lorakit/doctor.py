@@ -168,8 +168,8 @@ def find_traps(report: dict[str, Any]) -> list[str]:
         )
     if versions.get("bitsandbytes") and "avx512_f" in machine.get("cpu_flags", "").split():
         traps.append(
-            "bitsandbytes 0.50 on a CPU with AVX-512: 4-bit layers whose rows are not a whole number of blocks (of 64, by "
-            "default) are dequantised with wrong scales; lorakit's NF4Linear is right there"
+            "bitsandbytes 0.50 on a CPU with AVX-512: 4-bit layers whose rows are not a whole number of blocks (of 64 "
+            "by default) are dequantised with wrong scales; lorakit's NF4Linear is right there"
         )
     if machine.get("torch_cuda_build") and not machine.get("gpu"):
         traps.append("torch is a CUDA build but sees no GPU: it works, and takes gigabytes more than the CPU build")
