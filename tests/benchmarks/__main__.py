@@ -1,6 +1,6 @@
 """Measures lorakit against PEFT and TRL on this machine, and writes results.json and the README's table.
 
-    python tests/benchmarks              all, about 20 minutes on two cores
+    python tests/benchmarks              all, about 25 minutes on two cores
     python tests/benchmarks step many    some of them; the others' results stay
     ROUNDS=1 python tests/benchmarks     fewer rounds
 
