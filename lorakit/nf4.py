@@ -33,7 +33,7 @@ def nf4_codebook() -> Float32[Tensor, "16"]:
         torch.special.ndtri(torch.linspace(OFFSET, 0.5, steps + 1, dtype=torch.float32).double()).float()
         for steps in (8, 7)
     )  # from the largest quantile down to zero
-    codebook = torch.cat([-below, above[:-1].flip(0)])
+    codebook = torch.cat([-below[:-1], above.flip(0)])
     return codebook / codebook.max()
 
 
@@ -51,7 +51,7 @@ def byte_codebook() -> Float32[Tensor, "256"]:
 
 
 NF4 = tuple(nf4_codebook().tolist())
-FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # floats of 1 + 2 + 1 bits
+FP4 = tuple(sign * v / 12 + 0.0 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # floats of 1 + 2 + 1 bits
 
 
 class ByteAbsmax(NamedTuple):

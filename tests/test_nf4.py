@@ -1,5 +1,7 @@
 """NF4: the numbers are those of bitsandbytes, bit for bit, whatever the shape, dtype and block size."""
 
+import math
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -28,6 +30,7 @@ def test_the_codebook_is_derived_and_equal_to_the_published_one():
     assert torch.equal(nf4.nf4_codebook(), bnb.get_4bit_type("nf4", device="cpu"))
     assert torch.equal(torch.tensor(nf4.FP4), bnb.get_4bit_type("fp4", device="cpu"))
     assert torch.equal(nf4.byte_codebook(), bnb.create_dynamic_map())
+    assert not any(math.copysign(1, value) < 0 for value in nf4.NF4 + nf4.FP4 if value == 0)  # no negative zero
     assert abs(nf4.OFFSET - (1 - (1 / 32 + 1 / 30) / 2)) < 5e-8
 
 
