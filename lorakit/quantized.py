@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lorakit.fused import is_conv1d
+from lorakit.fused import dense_weight, is_conv1d
 from lorakit.inject import check_plain, find_targets, replace, shared_weights
 from lorakit.nf4 import NF4Linear
-from lorakit.repacking import dequantized, is_linear4bit, keep_order
+from lorakit.repacking import is_linear4bit, keep_order
 
 
 def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings) -> nn.Module:
@@ -78,7 +78,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def _plain(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """An `nn.Linear`, or a `Conv1D` if that is what was quantised: the model must save what it would have saved."""
     dtype = dtype or (layer.dtype if isinstance(layer, NF4Linear) else layer.weight.quant_state.dtype)
-    W = layer.frozen_weight(dtype) if isinstance(layer, NF4Linear) else dequantized(layer, dtype)
+    W = dense_weight(layer, dtype)
     source = getattr(layer, "source_cls", nn.Linear)
     if source.__name__ == "Conv1D":
         plain, W = source(layer.out_features, layer.in_features), W.T.contiguous()

@@ -11,7 +11,7 @@ from transformers import get_linear_schedule_with_warmup
 from lorakit import Example, encode, exact_match, fit, greedy, inject
 from lorakit.batch import IGNORE, collate
 from lorakit.loss import completion_loss
-from lorakit.train import batches, linear_schedule
+from lorakit.train import batches, linear_schedule, plain_loop
 
 
 class Characters:
@@ -217,3 +217,18 @@ def test_generation_keeps_the_models_mode_and_takes_no_prompts():
     assert greedy(model, TOKENIZER, [], show=False) == []
     greedy(model, TOKENIZER, ["abc"], max_new_tokens=2, show=False)
     assert model.training
+
+
+def test_the_plain_loop_is_fits_recipe():
+    texts = [Example([1, k, k + 1, 2], [IGNORE, IGNORE, k + 1, 2]) for k in range(3, 15)]
+    settings = {"steps": 30, "batch_size": 4, "lr": 1e-2, "seed": 5}
+    losses, weights = [], []
+    for train in (plain_loop, lambda *args, **kwargs: fit(*args, **kwargs, show=False).loss):
+        torch.manual_seed(0)
+        model = build("llama")
+        inject(model, 2, 4)
+        losses.append(train(model, texts, **settings))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    assert losses[0][-1] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-4)

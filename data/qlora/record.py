@@ -8,7 +8,6 @@ Lesson 04 reads results.json. Runs are recorded one by one; a second start makes
 """
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import torch
 
 import lorakit
 from lorakit import nf4
-from lorakit.batch import collate
 from lorakit.lean import lean
 from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
@@ -28,7 +26,7 @@ from lorakit.memory import peak_bytes, returning_memory
 from lorakit.quantized import quantize_model
 from lorakit.recorded import record_runs
 from lorakit.sql import execution_accuracy
-from lorakit.train import batches, linear_schedule
+from lorakit.train import plain_loop
 
 with quiet():
     import peft
@@ -85,20 +83,10 @@ def encoded(tokenizer, items):
 
 def train(model, examples, lr, seed, steps):
     """`fit`, or for PEFT's model the same recipe in plain operations."""
-    if not hasattr(model, "peft_config"):
-        return lorakit.fit(model, examples, steps=steps, batch_size=BATCH, lr=lr, seed=seed, show=False).loss
-    params = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(params, lr=lr, weight_decay=0.0), []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, steps, math.ceil(steps / 10)))
-    for indices in batches(len(examples), BATCH, steps, seed):
-        loss = model(**collate([examples[i] for i in indices])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    settings = {"steps": steps, "batch_size": BATCH, "lr": lr, "seed": seed}
+    if hasattr(model, "peft_config"):
+        return plain_loop(model, examples, **settings)
+    return lorakit.fit(model, examples, **settings, show=False).loss
 
 
 def run(arm, lr, seed):

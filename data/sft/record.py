@@ -6,7 +6,6 @@
 Lesson 03 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
 """
 
-import math
 import os
 import sys
 import tempfile
@@ -20,12 +19,11 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch
 
 import lorakit
-from lorakit.batch import collate
 from lorakit.libraries import quiet
 from lorakit.machine import fast
 from lorakit.recorded import record_runs
 from lorakit.sql import execution_accuracy
-from lorakit.train import batches, linear_schedule
+from lorakit.train import plain_loop
 
 with quiet():
     import peft
@@ -113,19 +111,9 @@ def run_prompt(lr, seed):
     torch.manual_seed(seed)
     with quiet():
         model = peft.get_peft_model(model, config)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, STEPS, math.ceil(STEPS / 10)))
-    examples, losses = encoded(tokenizer, lorakit.load_sql("train")), []
+    examples = encoded(tokenizer, lorakit.load_sql("train"))
     with fast(model, 70 * BATCH):
-        for indices in batches(len(examples), BATCH, STEPS, seed):
-            loss = model(**collate([examples[i] for i in indices])).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        losses = plain_loop(model, examples, steps=STEPS, batch_size=BATCH, lr=lr, seed=seed)
     return model, tokenizer, losses
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from lorakit.many import Spec, fit_many
 from lorakit.memory import peak_bytes, returning_memory
 from lorakit.quantized import quantize_model
 from lorakit.repacking import prevent_repacking
-from lorakit.train import batches, linear_schedule
+from lorakit.train import plain_loop
 
 with quiet():
     import bitsandbytes
@@ -144,19 +143,6 @@ def gradients():
     return {"gradients against PEFT": {"unit": "relative", "worst": worst}}
 
 
-def peft_loop(model, items, seed, steps=44, lr=3e-3):
-    """The plain loop that people write: AdamW, warm-up, clipping, the model's own loss."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, steps, math.ceil(steps / 10)))
-    for indices in batches(len(items), 8, steps, seed):
-        model(**collate([items[i] for i in indices])).loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
 def sft(model, tokenizer, split, seed, folder, steps=44, lr=3e-3):
     """TRL's trainer as fast as it goes on a CPU in float32: no checkpointing, no packing, nothing saved or logged."""
     with quiet():
@@ -191,7 +177,7 @@ def training():
                 took = seconds(trainer.train)
                 shutil.rmtree(folder)
             elif "PEFT" in arm:
-                took = seconds(lambda m=model, i=items, s=seed: peft_loop(m, i, s))
+                took = seconds(lambda m=model, i=items, s=seed: plain_loop(m, i, **SQL, seed=s))
             else:
                 took = seconds(lambda m=model, i=items, s=seed: lorakit.fit(m, i, **SQL, seed=s, show=False))
             test = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in lorakit.load_sql("tables")[:208]]
@@ -214,7 +200,7 @@ def many():
     def one_by_one():
         for spec in specs:
             one = peft_model(rank=spec.rank, alpha=spec.alpha, name="tiny", seed=spec.seed)[0]
-            peft_loop(one, items, spec.seed, 60, spec.lr)
+            plain_loop(one, items, steps=60, batch_size=8, lr=spec.lr, seed=spec.seed)
 
     arms = {"PEFT, one by one": one_by_one, "lorakit": lambda: fit_many(model, items, specs, steps=60, show=False)}
     return {"eight adapters of the tiny base": alternate(arms, rounds_from(5)).record()}
