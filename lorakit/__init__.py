@@ -9,9 +9,11 @@ from lorakit.fold import folded
 from lorakit.generate import exact_match, greedy
 from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
 from lorakit.lora import LoRALinear
+from lorakit.loraplus import loraplus_groups
 from lorakit.many import Fitted, Spec, fit_many
 from lorakit.models import load_model
 from lorakit.nf4 import NF4Linear
+from lorakit.pissa import PiSSALinear, olora_start, pissa_start
 from lorakit.quantized import dequantize_model, quantize_model
 from lorakit.repacking import prevent_repacking
 from lorakit.sql import execution_accuracy, load_sql
@@ -28,6 +30,7 @@ __all__ = [
     "History",
     "LoRALinear",
     "NF4Linear",
+    "PiSSALinear",
     "Spec",
     "adapters",
     "budget",
@@ -45,7 +48,10 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_sql",
+    "loraplus_groups",
     "merge",
+    "olora_start",
+    "pissa_start",
     "prevent_repacking",
     "quantize_model",
     "remove",

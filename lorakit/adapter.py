@@ -14,6 +14,7 @@ from lorakit.adapter_files import AdapterError, read_adapter, write_adapter
 from lorakit.dora import DoRALinear
 from lorakit.inject import Count, adapters, count, is_named, linear_layers, wrap
 from lorakit.lora import SCALINGS, LoRALinear, is_conv1d, linear_shape
+from lorakit.pissa import PiSSALinear
 
 PREFIX = "base_model.model."  # PEFT's wrapper and the model inside it
 
@@ -22,15 +23,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Writes the adapters of a model as PEFT would, each file atomically.
 
     Args:
-        model: a model with LoRALinear layers, or with DoRALinear layers; ranks and scales may differ between them. A
-            scaling rule of the reader's own is written as the alpha that gives the same scale.
+        model: a model with LoRALinear, DoRALinear or PiSSALinear layers; ranks and scales may differ between them. A
+            scaling rule of the reader's own is written as the alpha that gives the same scale; PiSSA as plain LoRA of
+            twice the rank, which fits the base as it was before.
         folder: made if missing; other files in it are kept.
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: no adapters, adapters of other kinds or of both, values that are not finite, or further trainable
+        ValueError: no adapters, adapters of other kinds or of several, values that are not finite, or further trainable
             parameters, which the files could not hold.
     """
     layers = adapters(model)
@@ -38,10 +40,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ValueError("expected a model with adapters, got a plain one")
     kind = type(next(iter(layers.values())))
     for name, layer in layers.items():
-        if type(layer) is not kind or kind not in (LoRALinear, DoRALinear):
-            expected = kind.__name__ if kind is DoRALinear else "LoRALinear"
+        if type(layer) is not kind or kind not in (LoRALinear, DoRALinear, PiSSALinear):
+            expected = kind.__name__ if kind in (DoRALinear, PiSSALinear) else "LoRALinear"
             raise ValueError(f"expected {expected} layers, got {type(layer).__name__} for layer {name!r}")
-    inside = {id(p) for layer in layers.values() for p in _parts(layer).values()}
+    inside = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if lost:
         raise ValueError(f"expected only adapters to be trainable, got also {', '.join(lost[:4])}: they would be lost")
@@ -106,16 +108,17 @@ def _fill(layer: LoRALinear, name: str, tensors: dict[str, Tensor]) -> LoRALinea
 
 
 def _parts(layer: LoRALinear) -> dict[str, Tensor]:
-    """What a layer trains, by the names that PEFT's files have for it."""
-    parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
+    """What a layer has learned, by the names that PEFT's files have for it."""
+    A, B = layer.as_lora() if isinstance(layer, PiSSALinear) else (layer.A, layer.B)
+    parts = {"lora_A.weight": A, "lora_B.weight": B}
     return parts | ({"lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else {})
 
 
 def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     """The adapter_config.json of a model: the commonest rank and alpha, and a pattern for each layer that differs."""
     rule = "rslora" if all(layer.scaling == "rslora" for layer in layers.values()) else "lora"
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, rule) for name, layer in layers.items()}
+    ranks = {name: layer.rank * (2 if isinstance(layer, PiSSALinear) else 1) for name, layer in layers.items()}
+    alphas = {name: _alpha(layer, rule, ranks[name]) for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     last = {name.rsplit(".", 1)[-1] for name in layers}
     others = any(name.rsplit(".", 1)[-1] in last and name not in layers for name, _ in model.named_modules())
@@ -138,9 +141,10 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     }
 
 
-def _alpha(layer: LoRALinear, rule: str) -> float:
-    """The alpha that gives the layer's scale under the rule that the file names."""
-    return layer.alpha if layer.scaling == rule else layer.scale * (layer.rank**0.5 if rule == "rslora" else layer.rank)
+def _alpha(layer: LoRALinear, rule: str, rank: int) -> float:
+    """The alpha that gives the layer's scale under the rule that the file names, at the rank that it has there."""
+    same = layer.scaling == rule and layer.rank == rank
+    return layer.alpha if same else layer.scale * (rank**0.5 if rule == "rslora" else rank)
 
 
 def _settings(tensors: dict[str, Tensor], config: dict, bases: dict[str, nn.Module]) -> dict[str, tuple[int, float]]:

@@ -19,7 +19,7 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
             answers = lorakit.greedy(model, tokenizer, prompts)
 
     float32 weights are added to and subtracted from: they come back to rounding, about 6e-8 of their norm. Narrower
-    ones would not; of those a copy is kept and put back, bit for bit. To merge for good, use `merge`.
+    ones would not, nor DoRA's; of those a copy is kept and put back, bit for bit. To merge for good, use `merge`.
 
     Raises:
         ValueError: no adapters, one that is no LoRALinear, a quantised base, or a weight that two layers share.
@@ -48,7 +48,7 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
 def _add(layer: LoRALinear) -> Tensor | None:
     """Adds the update to the base's weight; returns a copy of the weight if it could not be had back otherwise."""
     W = _weight(layer)
-    if W.dtype != layer.A.dtype:
+    if W.dtype != layer.A.dtype or type(layer).delta_weight is not LoRALinear.delta_weight:
         kept = W.clone()
         W.copy_(W.to(layer.A.dtype) + layer.delta_weight())
         return kept

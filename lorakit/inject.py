@@ -215,7 +215,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def remove(model: nn.Module) -> nn.Module:
     """Takes the adapters out and returns the plain model, which is the same object with the base's weights."""
-    return _unwrap(model, lambda layer: layer.base)
+    return _unwrap(model, lambda layer: layer.removed() if isinstance(layer, LoRALinear) else layer.base)
 
 
 def _unwrap(model: nn.Module, plain_of: Callable[[nn.Module], nn.Module]) -> nn.Module:

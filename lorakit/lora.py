@@ -110,6 +110,10 @@ class LoRALinear(nn.Module):
         plain.weight.copy_(plain.weight.to(delta.dtype) + delta)
         return plain.train(self.training)
 
+    def removed(self) -> nn.Module:
+        """The base, as it was before."""
+        return self.base
+
     @property
     def drops(self) -> bool:
         """True while dropout is at work."""

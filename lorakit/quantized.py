@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorakit.fused import dense_weight, is_conv1d
-from lorakit.inject import check_plain, find_targets, replace, shared_weights
+from lorakit.inject import adapters, check_plain, find_targets, replace, shared_weights
 from lorakit.nf4 import NF4Linear
 from lorakit.repacking import is_linear4bit, keep_order
 
@@ -15,10 +15,11 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
     """Replaces linear layers by NF4Linear, in place, one by one: never more than one weight is there twice.
 
     Adapters come afterwards: `lorakit.inject(quantize_model(model), rank, alpha)` is QLoRA. What is not replaced keeps
-    its dtype: embeddings, norms, the output head.
+    its dtype: embeddings, norms, the output head. In a model that has adapters already, the bases under them are
+    replaced: for PiSSA, whose residual suffers less from rounding than the weight.
 
     Args:
-        model: a plain model, on any device.
+        model: plain, or with lorakit's adapters and all of their bases to be quantised; on any device.
         targets: which layers, as in `find_targets`. Layers that are in four bits already stay as they are.
         settings: for NF4Linear: `block_size`, `double_quant`, `codebook`.
 
@@ -26,11 +27,15 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         the same object.
 
     Raises:
-        ValueError: the model has adapters, a target matches nothing or shares its weight, or a setting is out of range.
+        ValueError: the model has adapters and targets are named, a target matches nothing or shares its weight, or a
+            setting is out of range.
     """
-    check_plain(model)
-    shared = shared_weights(model)
-    layers = {name: model.get_submodule(name) for name in find_targets(model, targets)}
+    shared, wrapped = shared_weights(model), adapters(model)
+    if wrapped and targets == "all-linear":
+        layers = {name: layer.base for name, layer in wrapped.items()}
+    else:
+        check_plain(model)
+        layers = {name: model.get_submodule(name) for name in find_targets(model, targets)}
     layers = {name: each for name, each in layers.items() if not (isinstance(each, NF4Linear) or is_linear4bit(each))}
     for name, each in layers.items():
         if not (type(each) is nn.Linear or is_conv1d(each)) or not each.weight.is_floating_point():

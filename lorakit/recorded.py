@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from lorakit.files import write_atomically
 
@@ -22,6 +23,8 @@ def record_runs(
 ) -> list[dict[str, Any]]:
     """Makes the runs that the file lacks; the file is written anew, atomically, after each one.
 
+    Several processes may fill one file with different runs: each reads it again before it adds its own.
+
     Args:
         path: of the JSON file: `runs` and, beside it, the circumstances of the last one.
         grid: the settings of each run, plain values that name it: `{"arm": "LoRA", "lr": 3e-3, "seed": 0}`.
@@ -33,14 +36,20 @@ def record_runs(
     Returns:
         all runs of the file.
     """
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
     for setting in grid:
-        if any(setting.items() <= made.items() for made in results["runs"]):
+        if any(setting.items() <= made.items() for made in read(path)["runs"]):
             continue
         made = setting | run(**setting)
-        results["runs"].append(made)
-        results |= {"command": command, "device": "cpu", "threads": torch.get_num_threads()} | facts
-        results["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
-        write_atomically({path: (json.dumps(results, indent=1) + "\n").encode()})
-        print({key: value for key, value in made.items() if not isinstance(value, list)}, flush=True)
-    return results["runs"]
+        with FileLock(f"{path}.lock"):
+            results = read(path)
+            results["runs"].append(made)
+            results |= {"command": command, "device": "cpu", "threads": torch.get_num_threads()} | facts
+            results["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
+            write_atomically({path: (json.dumps(results, indent=1) + "\n").encode()})
+        print({key: value for key, value in made.items() if not isinstance(value, list | dict)}, flush=True)
+    return read(path)["runs"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file holds, with no runs if there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.batch import IGNORE, Example, collate, pack, packable, rows_of, spans
 from lorakit.below import Below, below
 from lorakit.lean import lean
+from lorakit.loraplus import loraplus_groups
 from lorakit.loss import token_losses
 from lorakit.machine import fast
 from lorakit.progress import Progress
@@ -57,6 +58,7 @@ class Run:
     examples: Sequence[Example]
     lr: float
     seed: int
+    groups: list[dict] | None = None  # the same parameters with rates of their own, None for `lr` for all
     history: History = field(default_factory=History)
     error: str = ""  # why it stopped early
 
@@ -71,6 +73,7 @@ def fit(
     warmup: float = 0.1,
     weight_decay: float = 0.0,
     clip: float = 1.0,
+    loraplus_ratio: float = 1.0,
     seed: int = 0,
     show: bool = True,
 ) -> History:
@@ -85,6 +88,7 @@ def fit(
         warmup: share of the steps, in [0, 1).
         weight_decay: AdamW's.
         clip: largest norm of all gradients together; `math.inf` for none.
+        loraplus_ratio: rate of every adapter's B, as a multiple of `lr` (LoRA+, see `loraplus_groups`); 1 for LoRA.
         seed: of the data's order and of dropout; the global random state is left as it was.
         show: draw a progress bar.
 
@@ -95,7 +99,8 @@ def fit(
         ValueError: nothing requires a gradient, no examples, or an example longer than the model's context.
         FloatingPointError: the loss or a gradient is NaN or infinite. The model keeps the last finite weights.
     """
-    run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed)
+    groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
+    run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
     train(model, [run], steps, batch_size, warmup, weight_decay, clip, show)
     if run.error:
         raise FloatingPointError(run.error)
@@ -119,7 +124,8 @@ def train(
     """
     for run in runs:
         _check(model, run, steps, batch_size, warmup)
-    device, groups = runs[0].params[0].device, [{"params": run.params, "lr": run.lr} for run in runs]
+    device = runs[0].params[0].device
+    groups = [group for run in runs for group in run.groups or [{"params": run.params, "lr": run.lr}]]
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
     warmup_steps = math.ceil(steps * warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup_steps))
@@ -142,16 +148,22 @@ def train(
                 chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
                 losses = _losses(model, chosen, device, frozen, orders[0][step])
                 sum(losses).backward()
-                rates = [group["lr"] for group in optimizer.param_groups]
+                share = linear_schedule(step, steps, warmup_steps)
                 for run, loss in zip(runs, losses, strict=True):
                     _clip(run, loss, step, clip)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 shares = (time.perf_counter() - wall) / len(runs), (time.process_time() - cpu) / len(runs)
-                for run, loss, rate, texts in zip(runs, losses, rates, chosen, strict=True):
+                for run, loss, texts in zip(runs, losses, chosen, strict=True):
                     if not run.error:
-                        _note(run.history, loss.item(), rate, sum(len(text.input_ids) for text in texts), *shares)
+                        _note(
+                            run.history,
+                            loss.item(),
+                            run.lr * share,
+                            sum(len(text.input_ids) for text in texts),
+                            *shares,
+                        )
                 going = [run.history.loss[-1] for run in runs if not run.error]
                 if not going:
                     break
@@ -209,25 +221,3 @@ def _check(model: nn.Module, run: Run, steps: int, batch_size: int, warmup: floa
     longest = max(len(example.input_ids) for example in run.examples)
     if context is not None and longest > context:
         raise ValueError(f"expected examples of at most {context} tokens, the model's context, got {longest}")
-
-
-def plain_loop(
-    model: nn.Module, examples: Sequence[Example], *, steps: int, batch_size: int, lr: float, seed: int
-) -> list[float]:
-    """`fit`'s recipe as people write it, with the model's own loss and none of the settings: what it is compared with.
-
-    Returns:
-        the loss of every step, in nats a labelled token.
-    """
-    params = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(params, lr=lr, weight_decay=0.0), []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, steps, math.ceil(steps / 10)))
-    for indices in batches(len(examples), batch_size, steps, seed):
-        loss = model(**collate([examples[i] for i in indices], params[0].device)).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses

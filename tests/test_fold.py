@@ -6,7 +6,7 @@ from architectures import build, logits_of
 from test_fused import Rounded
 from test_loss import adapted
 
-from lorakit import adapters, folded, inject
+from lorakit import DoRALinear, adapters, folded, inject
 
 
 def weights(model):
@@ -33,6 +33,18 @@ def test_half_precision_comes_back_bit_for_bit():
     for _ in range(3):
         with folded(model):
             pass
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_doras_magnitudes_are_folded_in_too():
+    model = build("llama")
+    inject(model, 4, 8, layer=DoRALinear)
+    for layer in adapters(model).values():
+        layer.B.data.normal_(0, 0.1)
+        layer.magnitude.data.mul_(1.2)
+    before, logits = weights(model), logits_of(model, "llama")
+    with folded(model):
+        torch.testing.assert_close(logits_of(model, "llama"), logits, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 

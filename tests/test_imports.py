@@ -14,12 +14,12 @@ from packaging.utils import canonicalize_name
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 ORDER = [  # from the ground up
     *("progress", "files", "manifest", "libraries", "machine", "memory", "attention"),
-    *("repacking", "fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "nf4"),
+    *("repacking", "fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "pissa", "loraplus", "nf4"),
     *("inject", "fold", "quantized"),
     *("adapter_files", "adapter", "arithmetic"),
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
     *("models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
-    *("batch", "below", "loss", "train", "many", "generate", "facts", "pretrain"),
+    *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
     *("recorded", "sweep", "stats", "intrinsic", "intrinsic_card", "plots"),
     *("answers", "checks_lowrank", "checks_lora", "checks_sft", "checks_qlora", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),

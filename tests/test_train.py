@@ -6,12 +6,15 @@ import pytest
 import torch
 from architectures import build
 from test_inject import snapshot, unchanged
+from test_peft_parity import peft_model
 from transformers import get_linear_schedule_with_warmup
 
-from lorakit import Example, encode, exact_match, fit, greedy, inject
+from lorakit import Example, encode, exact_match, fit, greedy, inject, loraplus_groups
 from lorakit.batch import IGNORE, collate
+from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
-from lorakit.train import batches, linear_schedule, plain_loop
+from lorakit.plain import plain_loop
+from lorakit.train import batches, linear_schedule
 
 
 class Characters:
@@ -139,6 +142,38 @@ def test_the_learning_rate_in_the_history_is_the_one_used():
     history = fit(adapted(), examples(), steps=10, warmup=0.2, lr=1.0e-3, show=False)
     assert history.lr == pytest.approx([1e-3 * linear_schedule(step, 10, 2) for step in range(10)])
     assert history.tokens[0] == sum(len(examples()[i].input_ids) for i in batches(24, 8, 1, 0)[0])
+
+
+def test_loraplus_trains_b_at_its_own_rate():
+    model, texts = adapted(), examples()
+    expected = adapted()
+    optimizer = torch.optim.AdamW(loraplus_groups(expected, 1e-3, ratio=4.0), weight_decay=0.0)
+    for step, indices in enumerate(batches(24, 8, 3, 0)):
+        for group, rate in zip(optimizer.param_groups, (1e-3, 4e-3), strict=True):
+            group["lr"] = rate * linear_schedule(step, 3, 1)
+        completion_loss(expected, collate([texts[i] for i in indices])).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in expected.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    history = fit(model, texts, steps=3, lr=1e-3, loraplus_ratio=4.0, show=False)
+    assert history.lr == pytest.approx([0, 1e-3, 5e-4])
+    for mine, yours in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-6)
+
+
+def test_loraplus_groups_are_those_of_peft():
+    theirs = peft_model(build("llama"), r=4, lora_alpha=8, target_modules="all-linear")
+    with quiet():
+        from peft.optimizers import create_loraplus_optimizer
+    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    expected = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    groups = loraplus_groups(theirs, 1e-3)
+    assert {id(p): group["lr"] for group in groups for p in group["params"]} == expected
+    for ratio in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="ratio"):
+            loraplus_groups(theirs, 1e-3, ratio)
+    with pytest.raises(ValueError, match="inject"):
+        loraplus_groups(build("llama"), 1e-3)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -23,10 +23,10 @@ from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
 from lorakit.machine import fast
 from lorakit.memory import peak_bytes, returning_memory
+from lorakit.plain import plain_loop
 from lorakit.quantized import quantize_model
 from lorakit.recorded import record_runs
 from lorakit.sql import execution_accuracy
-from lorakit.train import plain_loop
 
 with quiet():
     import peft

@@ -21,9 +21,9 @@ import torch
 import lorakit
 from lorakit.libraries import quiet
 from lorakit.machine import fast
+from lorakit.plain import plain_loop
 from lorakit.recorded import record_runs
 from lorakit.sql import execution_accuracy
-from lorakit.train import plain_loop
 
 with quiet():
     import peft

@@ -22,9 +22,9 @@ from lorakit.loss import completion_loss
 from lorakit.machine import fast
 from lorakit.many import Spec, fit_many
 from lorakit.memory import peak_bytes, returning_memory
+from lorakit.plain import plain_loop
 from lorakit.quantized import quantize_model
 from lorakit.repacking import prevent_repacking
-from lorakit.train import plain_loop
 
 with quiet():
     import bitsandbytes
