@@ -25,12 +25,12 @@ RESULTS, README = HERE / "results.json", HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 ROWS = {  # what stands in the README: the comparison, the arm
     "whole SQL training, float32, against TRL's SFTTrainer": ("whole SQL training", "lorakit, float32"),
-    "the same in bfloat16": ("whole SQL training", "lorakit, bfloat16"),
+    "whole SQL training, bfloat16, against TRL's SFTTrainer": ("whole SQL training", "lorakit, bfloat16"),
     "whole SQL training, float32, against a plain PEFT loop": (
         "training, against the loop",
         "lorakit, float32",
     ),
-    "the same in bfloat16 ": ("training, against the loop", "lorakit, bfloat16"),
+    "whole SQL training, bfloat16, against a plain PEFT loop": ("training, against the loop", "lorakit, bfloat16"),
     "a LoRA step of the same arithmetic, float32": ("LoRA step, float32", "lorakit"),
     "of this, with PEFT's layers and lorakit's settings": ("LoRA step, float32", "PEFT, lorakit's settings"),
     "a LoRA step of the same arithmetic, bfloat16": ("LoRA step, bfloat16", "lorakit"),
@@ -47,6 +47,12 @@ ROWS = {  # what stands in the README: the comparison, the arm
     "quantise to NF4, against bitsandbytes": ("quantise to NF4", "lorakit"),
     "dequantise to float32": ("dequantise from NF4, float32", "lorakit"),
     "dequantise to bfloat16": ("dequantise from NF4, bfloat16", "lorakit"),
+    "a DoRA step, float32": ("DoRA step, float32", "lorakit"),
+    "a DoRA step, bfloat16": ("DoRA step, bfloat16", "lorakit"),
+    "memory that a DoRA step adds, float32": ("memory a DoRA step adds, float32", "lorakit"),
+    "memory that a DoRA step adds, bfloat16": ("memory a DoRA step adds, bfloat16", "lorakit"),
+    "a step of one DoRA layer, float32": ("step of one DoRA layer", "lorakit"),
+    "memory that it adds": ("memory that a step of one DoRA layer adds", "lorakit"),
 }
 
 
@@ -67,7 +73,7 @@ def table(results: dict) -> str:
         if name in results["found"]:
             each = results["found"][name]["arms"][arm]
             low, high = each["ratio_range"]
-            lines.append(f"| {label.strip()} | {each['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
+            lines.append(f"| {label} | {each['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
     found, where = results["found"], results["circumstances"]
     notes = []
     if "whole SQL training" in found:

@@ -36,19 +36,19 @@ SQL = {"steps": 44, "lr": 3e-3, "batch_size": 8}  # lesson 00's training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def peft_model(dtype=torch.float32, rank=16, alpha=32, name="smollm2", seed=0):
+def peft_model(dtype=torch.float32, rank=16, alpha=32, name="smollm2", seed=0, **settings):
     model, tokenizer = lorakit.load_model(name, dtype=dtype)
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, config).train(), tokenizer
 
 
-def our_model(dtype=torch.float32, rank=16, alpha=32, name="smollm2", seed=0):
+def our_model(dtype=torch.float32, rank=16, alpha=32, name="smollm2", seed=0, layer=lorakit.LoRALinear):
     model, tokenizer = lorakit.load_model(name, dtype=dtype)
     torch.manual_seed(seed)
-    lorakit.inject(model, rank, alpha)
+    lorakit.inject(model, rank, alpha, layer=layer)
     return model.train(), tokenizer
 
 
@@ -97,23 +97,25 @@ def step():
 
 
 def memory():
-    """By how much a step's peak exceeds what is resident before it; each arm in a process of its own."""
-    found = {}
-    for dtype in DTYPES:
-        values = {}
-        for arm in ("PEFT", "lorakit"):
-            code = f"import cases; cases.print_memory({arm!r}, {dtype!r})"
-            command = [sys.executable, "-c", code]
-            done = subprocess.run(command, cwd=HERE, env=returning_memory(), capture_output=True, text=True, check=True)
-            values[arm] = json.loads(done.stdout.splitlines()[-1])
-        found[f"memory a step adds, {dtype}"] = Comparison("MB", values).record()
-    return found
+    """By how much a step's peak exceeds what is resident before it."""
+    return {f"memory a step adds, {dtype}": memory_of(dtype) for dtype in DTYPES}
 
 
-def print_memory(arm, dtype):
-    """One arm of `memory`: prints MB as JSON."""
-    batch = random_batch()
-    model, _ = (our_model if arm == "lorakit" else peft_model)(DTYPES[dtype], 8, 16)
+def memory_of(dtype, dora=False):
+    """The same of one model, LoRA or DoRA; each arm in a process of its own."""
+    values = {}
+    for arm in ("PEFT", "lorakit"):
+        code = f"import cases; cases.print_memory({arm!r}, {dtype!r}, {dora!r})"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=HERE, env=returning_memory(), capture_output=True, text=True, check=True)
+        values[arm] = json.loads(done.stdout.splitlines()[-1])
+    return Comparison("MB", values).record()
+
+
+def print_memory(arm, dtype, dora=False):
+    """One arm of `memory_of`: prints MB as JSON."""
+    batch, (theirs, ours) = random_batch(), models(DTYPES[dtype], dora)
+    model = (ours if arm == "lorakit" else theirs)()
 
     def step():
         (completion_loss(model, batch) if arm == "lorakit" else model(**batch).loss).backward()
@@ -122,6 +124,56 @@ def print_memory(arm, dtype):
     with as_fit(model) if arm == "lorakit" else contextlib.nullcontext():
         step()
         print(json.dumps([peak_bytes(step) / 1e6 for _ in range(rounds_from(5))]))
+
+
+def models(dtype, dora=False):
+    """What makes PEFT's model and what makes lorakit's, rank 8."""
+    return (
+        lambda: peft_model(dtype, 8, 16, use_dora=dora)[0],
+        lambda: our_model(dtype, 8, 16, layer=lorakit.DoRALinear if dora else lorakit.LoRALinear)[0],
+    )
+
+
+def dora():
+    """A DoRA step of SmolLM2, and of one layer alone, 2048 x 2048 on 2048 tokens; the memory that each adds."""
+    found, batch = {}, random_batch()
+    for name, dtype in DTYPES.items():
+        theirs, ours = (make() for make in models(dtype, dora=True))
+        arms = {
+            "PEFT": stepper(theirs, lambda b, m=theirs: m(**b).loss, batch, contextlib.nullcontext),
+            "lorakit": stepper(ours, lambda b, m=ours: completion_loss(m, b), batch, lambda m=ours: as_fit(m)),
+        }
+        found[f"DoRA step, {name}"] = alternate(arms, rounds_from(7)).record()
+        found[f"memory a DoRA step adds, {name}"] = memory_of(name, dora=True)
+    arms = {arm: dora_layer(arm) for arm in ("PEFT", "lorakit")}
+    found["step of one DoRA layer"] = alternate(arms, rounds_from(15)).record()
+    values = {}
+    for arm in arms:
+        code = f"import cases, json; step = cases.dora_layer({arm!r}); step()"
+        code += f"; print(json.dumps([cases.peak_bytes(step) / 1e6 for _ in range({rounds_from(5)})]))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=HERE, env=returning_memory(), capture_output=True, text=True, check=True)
+        values[arm] = json.loads(done.stdout.splitlines()[-1])
+    found["memory that a step of one DoRA layer adds"] = Comparison("MB", values).record()
+    return found
+
+
+def dora_layer(arm):
+    """A function that goes forward and backward through one layer in float32, its input's gradient included."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2048, 2048, bias=False))
+    if arm == "PEFT":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"], use_dora=True))
+    else:
+        lorakit.inject(model, 8, 16, layer=lorakit.DoRALinear)
+    x, dy = torch.randn(2048, 2048, requires_grad=True), torch.randn(2048, 2048)
+
+    def step():
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+        model(x).backward(dy)
+
+    return step
 
 
 def gradients():
@@ -327,4 +379,4 @@ def qlora():
     return found
 
 
-CASES = {f.__name__: f for f in (step, memory, gradients, floor, many, files, four_bits, qlora, training)}
+CASES = {f.__name__: f for f in (step, memory, gradients, floor, many, files, four_bits, qlora, dora, training)}
