@@ -82,3 +82,23 @@ class DoRALinear(LoRALinear):
         W = dense_weight(self.base, self.A.dtype)
         V = W + super().delta_weight()
         return V * (self.magnitude / self.row_norms(W))[:, None] - W
+
+
+@torch.no_grad()
+def magnitude_direction(before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]) -> tuple[float, float]:
+    """How much training has changed the rows' lengths, and their directions: means of |‖w'‖ - ‖w‖| and 1 - cos(w', w).
+
+    Source: Liu et al. 2024, section 3.2, where the columns of a (d, k) weight are what rows are in torch's layout.
+
+    Args:
+        before: the pretrained weight; a `Conv1D` has it transposed.
+        after: the trained one.
+
+    Returns:
+        the mean change of magnitude, in the weight's unit, and of direction, in [0, 2]; rows of zeros count as 0.
+    """
+    before, after = before.double(), after.double()
+    lengths = torch.linalg.vector_norm(before, dim=1), torch.linalg.vector_norm(after, dim=1)
+    cosines = (before * after).sum(1) / (lengths[0] * lengths[1]).clamp(min=torch.finfo(torch.float64).tiny)
+    turned = torch.where(lengths[0] * lengths[1] > 0, 1 - cosines, 0.0)
+    return (lengths[1] - lengths[0]).abs().mean().item(), turned.clamp(min=0).mean().item()

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakit
 from lorakit import AdapterError, LoRALinear
-from lorakit.dora import DoRALinear
+from lorakit.dora import DoRALinear, magnitude_direction
 from lorakit.libraries import quiet
 from lorakit.nf4 import NF4Linear
 from lorakit.quantized import quantize_model
@@ -192,6 +192,15 @@ def test_delta_weight_and_merged_agree():
     layer.magnitude.data.mul_(1.5)
     torch.testing.assert_close(layer.merged().weight, layer.base.weight + layer.delta_weight())
     torch.testing.assert_close(layer.merged()(x), layer(x))
+
+
+def test_changes_of_magnitude_and_direction():
+    before = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    after = torch.tensor([[6.0, 8.0], [0.0, 1.0], [0.0, 1.0], [-2.0, 0.0]])
+    magnitude, direction = magnitude_direction(before, after)
+    assert magnitude == pytest.approx((5 + 0 + 1 + 0) / 4)
+    assert direction == pytest.approx((0 + 1 + 0 + 2) / 4)
+    assert magnitude_direction(before.bfloat16(), before.bfloat16()) == (0.0, 0.0)
 
 
 def test_kinds_are_not_mixed_up(tmp_path):
