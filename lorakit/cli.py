@@ -155,6 +155,31 @@ def _budget(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, help="a YAML file: function, grid, folder")
+    parser.add_argument("--dry-run", action="store_true", help="say how many runs are missing and what they cost")
+    parser.add_argument("--retry", action="store_true", help="make the failed runs again")
+    parser.add_argument("--jobs", type=int, help="how many at a time, -1 for all cores (default: the plan's, or one)")
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from lorakit.plan import load_plan
+    from lorakit.records import survey
+    from lorakit.sweep import sweep
+
+    plan = load_plan(args.plan)
+    options = plan.options | ({} if args.jobs is None else {"jobs": args.jobs})
+    print(survey(plan.folder, plan.settings, args.retry))
+    if args.dry_run:
+        return 0
+    frame = sweep(plan.function, plan.grid, plan.folder, retry=args.retry, **options)
+    print(survey(plan.folder, plan.settings))
+    for error in frame.error[frame.error != ""].drop_duplicates():
+        print(error.rstrip().splitlines()[-1])
+    print(plan.folder)
+    return 1 if (frame.error != "").any() else 0
+
+
 COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
@@ -162,6 +187,7 @@ COMMANDS = {
     "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
     "pretrain": Command("make the tiny base model from nothing, about two minutes", _declare_pretrain, _pretrain),
     "intrinsic": Command("record how many dimensions facts need, resumably", _declare_intrinsic, _intrinsic),
+    "sweep": Command("make the runs of a grid that are missing, each recorded as it ends", _declare_sweep, _sweep),
     "run": Command("run lessons and keep the executed notebooks", _declare_run, _run),
     "exercises": Command("derive the exercise notebooks from their solutions", _declare_exercises, _exercises),
 }

@@ -2,14 +2,12 @@
 
 import ast
 import difflib
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.iorw import load_notebook_node
@@ -18,6 +16,7 @@ from papermill.parameterize import parameterize_notebook
 from lorakit.execute import Executor, Screen
 from lorakit.files import write_atomically
 from lorakit.outputs import ANSI, clean, find_litter, headline
+from lorakit.plan import read_yaml
 
 
 @dataclass
@@ -57,20 +56,6 @@ def default_parameters(nb: NotebookNode) -> dict[str, Any]:
     """Returns name -> default of the cell tagged `parameters`, which holds nothing but assignments of literals."""
     cells = [cell.source for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
     return {line.targets[0].id: ast.literal_eval(line.value) for source in cells for line in ast.parse(source).body}
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 2e-4 is a number, as in Python; plain YAML 1.1 asks for 2.0e-4 and takes 2e-4 for a string."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Returns the value that a YAML text stands for."""
-    return yaml.load(text, _Yaml)
 
 
 def lesson_parameters(path: Path, profile: str, overrides: dict[str, Any]) -> dict[str, Any]:

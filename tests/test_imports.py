@@ -20,7 +20,7 @@ ORDER = [  # from the ground up
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
     *("models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
-    *("recorded", "sweep", "stats", "intrinsic", "intrinsic_card", "plots"),
+    *("recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
     *("answers", "checks_lowrank", "checks_lora", "checks_sft", "checks_qlora", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]

@@ -204,7 +204,7 @@ def print_cost(method, rounds=7):
             start = time.perf_counter()
             work()
             times.extend([time.perf_counter() - start] * (i > 0))
-    print(json.dumps({"seconds": seconds[1], "lora_seconds": seconds[0], "merging_error": merging_error(method)}))
+    print(json.dumps({"seconds_of_step": seconds[1], "seconds_of_lora": seconds[0], "merging_error": merging_error(method)}))
 
 
 def merging_error(method):
