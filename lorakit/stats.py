@@ -1,10 +1,11 @@
-"""Intervals, so that a difference can be told from chance."""
+"""Intervals and comparisons, so that a difference can be told from chance, and so that "cannot be told" can be said."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, bootstrap, dunnett, t, ttest_ind
 
 
 def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -35,3 +36,114 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean = fmean(values)
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of means with its interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """`"higher"`, `"lower"`, or `"cannot be separated"` if the interval holds zero."""
+        return "higher" if self.low > 0 else "lower" if self.high < 0 else "cannot be separated"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}], {self.verdict}"
+
+
+def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, paired: bool = False) -> Difference:
+    """By how much the mean of a exceeds that of b, with its interval over seeds.
+
+    Args:
+        a: one value a run.
+        b: the same of the other arm.
+        confidence: of the interval.
+        paired: whether the runs belong together by their places (one seed, one order of data): the interval is then
+            that of the differences (Student). Else it is Welch's (1947), which lets the arms scatter differently.
+
+    Raises:
+        ValueError: fewer than two values in an arm, one that is not finite, or paired arms of different lengths.
+    """
+    if min(len(a), len(b)) < 2 or not all(map(math.isfinite, [*a, *b])) or (paired and len(a) != len(b)):
+        raise ValueError(f"expected two or more finite values an arm, pairs if paired, got {list(a)} and {list(b)}")
+    mean = fmean(a) - fmean(b)
+    if paired:
+        gaps = [x - y for x, y in zip(a, b, strict=True)]
+        return Difference(*mean_interval(gaps, confidence))
+    if stdev(a) == stdev(b) == 0:
+        return Difference(mean, mean, mean)
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(confidence)
+    return Difference(mean, float(interval.low), float(interval.high))
+
+
+def differences_from(
+    control: Sequence[float], arms: Mapping[str, Sequence[float]], confidence: float = 0.95
+) -> dict[str, Difference]:
+    """The difference of each arm from a control, with intervals that hold for all of them at once (Dunnett 1955).
+
+    The more arms are compared, the wider: one of twenty would differ by chance. Runs are taken to scatter alike in all
+    arms, which is what lets few seeds decide anything; where they clearly do not, ask `difference` arm by arm.
+
+    Raises:
+        ValueError: as in `difference`.
+    """
+    for values in arms.values():
+        difference(values, control)
+    interval = dunnett(*arms.values(), control=control, random_state=0).confidence_interval(confidence)
+    means = [fmean(values) - fmean(control) for values in arms.values()]
+    found = zip(means, map(float, interval.low), map(float, interval.high), strict=True)
+    return dict(zip(arms, (Difference(*each) for each in found), strict=True))
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    statistic: Callable[[Sequence[float]], float] = fmean,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Any statistic of independent runs and its bootstrap interval (BCa, Efron 1987), as (statistic, low, high).
+
+    For statistics that Student's t does not know, such as medians. It needs more values than t: below about ten the
+    interval is too narrow, and for means of few seeds `mean_interval` is the honest one.
+
+    Raises:
+        ValueError: fewer than two values, or one that is not finite.
+    """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        raise ValueError(f"expected at least two finite values, got {list(values)}")
+    whole = float(statistic(values))
+    if len(set(values)) == 1:
+        return whole, whole, whole
+    found = bootstrap(
+        (values,), lambda x: statistic(list(x)), vectorized=False, confidence_level=confidence, rng=seed
+    ).confidence_interval
+    return whole, float(found.low), float(found.high)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best setting of a sweep, and whether it is at an edge, so that a better one may lie outside."""
+
+    at: float
+    value: float
+    edge: str  # "lowest", "highest", "only" setting of the sweep, or "" inside it
+
+
+def optimum(values: Mapping[float, float]) -> Optimum:
+    """The setting with the largest value, the smaller setting of equals.
+
+    Args:
+        values: setting, such as a learning rate -> value, such as a mean accuracy.
+
+    Raises:
+        ValueError: no values, or one that is NaN.
+    """
+    if not values or any(math.isnan(value) for value in values.values()):
+        raise ValueError(f"expected values, none of them NaN, got {dict(values)}")
+    at = min(values, key=lambda setting: (-values[setting], setting))
+    edge = "only" if len(values) == 1 else {min(values): "lowest", max(values): "highest"}.get(at, "")
+    return Optimum(at, values[at], edge)
