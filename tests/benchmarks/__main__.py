@@ -37,6 +37,7 @@ ROWS = {  # what stands in the README: the comparison, the arm
     "memory that a step adds, float32": ("memory a step adds, float32", "lorakit"),
     "memory that a step adds, bfloat16": ("memory a step adds, bfloat16", "lorakit"),
     "eight adapters of the tiny base at once, against one by one": ("eight adapters of the tiny base", "lorakit"),
+    "ten short runs recorded by sweep, against a loop": ("sweep of ten short runs", "sweep"),
     "merge and unmerge": ("merge + unmerge", "lorakit"),
     "save and load an adapter": ("save + load", "lorakit"),
     "a QLoRA step (NF4, double quantisation), float32, against PEFT on bitsandbytes": (

@@ -24,7 +24,9 @@ from lorakit.many import Spec, fit_many
 from lorakit.memory import peak_bytes, returning_memory
 from lorakit.plain import plain_loop
 from lorakit.quantized import quantize_model
+from lorakit.records import expand
 from lorakit.repacking import prevent_repacking
+from lorakit.sweep import sweep
 
 with quiet():
     import bitsandbytes
@@ -258,6 +260,28 @@ def many():
     return {"eight adapters of the tiny base": alternate(arms, rounds_from(5)).record()}
 
 
+def sweeping():
+    """Ten short trainings of the tiny base in a plain loop, and recorded by `sweep`: what recording costs."""
+    model, tokenizer = lorakit.load_model("tiny")
+    items = encoded(tokenizer, facts(48, 1))
+
+    def run(lr, seed):
+        torch.manual_seed(seed)
+        lorakit.inject(model, 4, 8)
+        loss = lorakit.fit(model, items, steps=10, lr=lr, seed=seed, show=False).loss
+        lorakit.remove(model)
+        return {"losses": loss}
+
+    grid = expand({"lr": [1e-3, 1e-2], "seed": range(5)})
+
+    def swept():
+        with tempfile.TemporaryDirectory() as folder:
+            sweep(run, grid, folder, show=False)
+
+    arms = {"a loop": lambda: [run(**setting) for setting in grid], "sweep": swept}
+    return {"sweep of ten short runs": alternate(arms, rounds_from(9)).record()}
+
+
 def files():
     """Merging an adapter into SmolLM2, rank 16; saving and loading it."""
     (theirs, _), (ours, _) = peft_model(), our_model()
@@ -379,4 +403,6 @@ def qlora():
     return found
 
 
-CASES = {f.__name__: f for f in (step, memory, gradients, floor, many, files, four_bits, qlora, dora, training)}
+CASES = {
+    f.__name__: f for f in (step, memory, gradients, floor, many, sweeping, files, four_bits, qlora, dora, training)
+}
