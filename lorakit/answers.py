@@ -145,7 +145,11 @@ def _unchanged(before: Any, after: Any) -> bool:
     if isinstance(before, nn.Module):
         old, new = before.state_dict(), after.state_dict()
         return old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    return not isinstance(before, tuple) or all(map(_unchanged, before, after))
+    if isinstance(before, dict):
+        return before.keys() == after.keys() and all(_unchanged(before[key], after[key]) for key in before)
+    if isinstance(before, tuple | list):
+        return len(before) == len(after) and all(map(_unchanged, before, after))
+    return True
 
 
 def _place(error: Exception, module: str | None) -> str:
