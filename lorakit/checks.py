@@ -1,6 +1,7 @@
 """The checks of all exercises: `check_x(your_function)` prints "right", or says on which input it is wrong, and why."""
 
 from lorakit.answers import CheckFailed
+from lorakit.checks_dora import check_allocate, check_dora, check_equivalent, check_pissa, check_tradeoff
 from lorakit.checks_lora import check_count, check_first_update, check_grow, check_layer, check_merge, check_swap
 from lorakit.checks_lowrank import (
     check_balance,
@@ -15,12 +16,15 @@ from lorakit.checks_sft import check_compare, check_is_active, check_mask, check
 
 __all__ = [
     "CheckFailed",
+    "check_allocate",
     "check_balance",
     "check_best_approximation",
     "check_codebook",
     "check_compare",
     "check_control",
     "check_count",
+    "check_dora",
+    "check_equivalent",
     "check_first_update",
     "check_four_bits",
     "check_grow",
@@ -31,10 +35,12 @@ __all__ = [
     "check_matches",
     "check_merge",
     "check_modern",
+    "check_pissa",
     "check_rank_for_energy",
     "check_round_trip",
     "check_similarity",
     "check_step",
     "check_storage",
     "check_swap",
+    "check_tradeoff",
 ]

@@ -19,7 +19,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorakit import answers, checks, checks_qlora, checks_sft, cli, exercises, inject, lessons, nf4, outputs, remove
+from lorakit import (
+    answers,
+    checks,
+    checks_qlora,
+    checks_sft,
+    cli,
+    exercises,
+    inject,
+    lessons,
+    nf4,
+    outputs,
+    remove,
+    stats,
+)
 from lorakit.batch import collate
 from lorakit.checks import CheckFailed
 from lorakit.inject import is_named
@@ -453,6 +466,76 @@ def values_of(model):
     return sum(t.numel() for name, t in named if name[-2:] not in (".A", ".B"))
 
 
+def dora_by(weight=None, start=None):
+    """A wrong DoRA: `weight(W, V, m, U)` and `start(W, V, m)` for its parts, with U the update and V = W + U."""
+
+    def dora(W, A, B, s, m):
+        U = s * B @ A
+        right = SOLVED["check_dora"](W, A, B, s, m)
+        return weight(W, W + U, m, U) if weight else right[0], start(W, W + U, m) if start else right[1]
+
+    return dora
+
+
+def pissa_by(factors=None, residual=None, largest=True):
+    """A wrong PiSSA: `factors(U, S, V, s)` for B and A; `residual(W, B, A, s)` for what is left."""
+
+    def pissa(W, rank, s):
+        U, S, V = torch.linalg.svd(W, full_matrices=False)
+        part = slice(rank) if largest else slice(-rank, None)
+        U, S, V = U[:, part], S[part], V[part]
+        B, A = factors(U, S, V, s) if factors else (U * (S / s).sqrt(), (S / s).sqrt()[:, None] * V)
+        return A, B, residual(W, B, A, s) if residual else W - s * B @ A
+
+    return pissa
+
+
+def allocated(rule):
+    return lambda importance, budget: {k: rule(v, budget, len(importance)) for k, v in importance.items()}
+
+
+def mean(arm):
+    return float(np.mean(arm["accuracy"]))
+
+
+def better(other, arm):
+    """In how many respects an arm is better than another; -1 if it is worse in one."""
+    gaps = [round(mean(other) - mean(arm), 9), arm["seconds"] - other["seconds"], arm["bytes"] - other["bytes"]]
+    return sum(gap > 0 for gap in gaps) if min(gaps) >= 0 else -1
+
+
+def said(low, high):
+    return "higher" if low > 0 else "lower" if high < 0 else "cannot be separated"
+
+
+def scattered(a, b, factor, n):
+    half = factor * np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / n)
+    return said(np.mean(a) - np.mean(b) - half, np.mean(a) - np.mean(b) + half)
+
+
+def overlapping(a, b):
+    (_, low, high), (_, least, most) = stats.mean_interval(a), stats.mean_interval(b)
+    return said(low - most, high - least)
+
+
+def by_seed(arms, measure):
+    return [arm | {"accuracy": [measure(arm["accuracy"]) + shift for shift in (0, -1e-9, 1e-9)]} for arm in arms]
+
+
+def traded(beaten=None, rule=None):
+    """A wrong trade-off: `beaten(arm, arms)` leaves out candidates; `rule(a, b)` gives the verdicts."""
+
+    def tradeoff(arms):
+        candidates, verdicts = SOLVED["check_tradeoff"](arms)
+        if beaten:
+            candidates = [arm["name"] for arm in arms if not beaten(arm, arms)]
+        if rule:
+            verdicts = {arm["name"]: rule(arm["accuracy"], arms[0]["accuracy"]) for arm in arms[1:]}
+        return candidates, verdicts
+
+    return tradeoff
+
+
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
     "check_largest_rank": [
         (lambda d_out, d_in: d_in // 2, "exactly as many numbers as the matrix"),
@@ -809,10 +892,10 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
     "check_four_bits": [
         (lambda make, examples: {arm: {} for arm in ("LoRA", "QLoRA")}, "make_model was called 0 times"),
         (in_four_bits(models=1), "your code raised ValueError: expected a plain model"),
+        (in_four_bits(late=True), "base_bytes is that of the other base"),
         (in_four_bits(models=3), "make_model was called 3 times"),
         (in_four_bits(four=()), "both bases are in float32"),
         (in_four_bits(four=("LoRA", "QLoRA")), "both bases are in four bits"),
-        (in_four_bits(late=True), "your code raised ValueError: expected a plain model"),
         (in_four_bits(targets=["q_proj"]), "2 layers are in four bits"),
         (in_four_bits(targets=".*_proj|lm_head"), "15 layers are in four bits"),
         (in_four_bits(adapted=["q_proj", "v_proj"]), "4 layers have an adapter at the end"),
@@ -853,6 +936,100 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
             lambda make, examples: [in_four_bits()(make, examples)],
             "expected a record, a dict, under 'LoRA', got NoneType",
         ),
+    ],
+    "check_dora": [
+        (dora_by(lambda W, V, m, U: m[:, None] * V / V.norm(dim=0)), "has the norms of columns"),
+        (dora_by(lambda W, V, m, U: m[:, None] * V / V.norm()), "is divided by one number"),
+        (dora_by(lambda W, V, m, U: m[:, None] * V), "is not divided by the lengths"),
+        (dora_by(lambda W, V, m, U: m[:, None] * V / W.norm(dim=1, keepdim=True)), "is divided by the lengths of W"),
+        (lambda W, A, B, s, m: SOLVED["check_dora"](W, A, B, 1.0, m), "has no s"),
+        (lambda W, A, B, s, m: SOLVED["check_dora"](W, A, B, s, torch.ones_like(m)), "has no m"),
+        (dora_by(lambda W, V, m, U: W + m[:, None] * U / V.norm(dim=1, keepdim=True)), "has m on the update alone"),
+        (dora_by(lambda W, V, m, U: m[:, None] * V / V.square().sum(1, keepdim=True)), "by the squares"),
+        (dora_by(lambda W, V, m, U: V), "is LoRA's"),
+        (lambda W, A, B, s, m: SOLVED["check_dora"](W, A, 0 * B, s, m), "is W alone, with new lengths"),
+        (dora_by(start=lambda W, V, m: W.norm(dim=0)), "is that of columns"),
+        (dora_by(start=lambda W, V, m: torch.ones(len(W))), "is of ones"),
+        (dora_by(start=lambda W, V, m: m), "is the argument m"),
+        (dora_by(start=lambda W, V, m: V.norm(dim=1)), "is that of the trained rows"),
+        (dora_by(start=lambda W, V, m: W.square().sum(1)), "is squared"),
+        (dora_by(start=lambda W, V, m: W.norm(dim=1, keepdim=True)), "without a second dimension"),
+        (lambda W, A, B, s, m: W, "expected `return weight, start`"),
+        (lambda W, A, B, s, m: (W.add_(s * B @ A), m), "an argument was changed in place"),
+    ],
+    "check_equivalent": [
+        (lambda a, r, new: (r, a), "is rank: rsLoRA divides by its root"),
+        (lambda a, r, new: (r**-0.5, a), "is upside down"),
+        (lambda a, r, new: (1, a), "is 1: the scales differ"),
+        (lambda a, r, new: (a / r**0.5, a), "is rsLoRA's scale"),
+        (lambda a, r, new: (a / r, a), "is LoRA's scale"),
+        (lambda a, r, new: (new**0.5, a), "is that of new_rank"),
+        (lambda a, r, new: (r**0.5, a * new / r), "keeps s itself"),
+        (lambda a, r, new: (r**0.5, a), "is alpha: then s falls"),
+        (lambda a, r, new: (r**0.5, a / (r * new) ** 0.5), "is the scale: times new_rank"),
+        (lambda a, r, new: (r**0.5, a * (r / new) ** 0.5), "is upside down"),
+        (lambda a, r, new: (r**0.5, a * (new / r) ** 2), "grows with the square"),
+    ],
+    "check_pissa": [
+        (pissa_by(lambda U, S, V, s: ((U * S.sqrt()) @ U.T @ U, S.sqrt()[:, None] * V)), "is W's part itself"),
+        (pissa_by(lambda U, S, V, s: (U * S / s**0.5, S[:, None] * V / s**0.5)), "in both factors"),
+        (pissa_by(lambda U, S, V, s: (U / s**0.5, V / s**0.5)), "has no singular values"),
+        (pissa_by(lambda U, S, V, s: (U * S.sqrt() / s, S.sqrt()[:, None] * V / s)), "is divided by s twice"),
+        (pissa_by(lambda U, S, V, s: (U * (S * s).sqrt(), (S * s).sqrt()[:, None] * V)), "is multiplied by s"),
+        (pissa_by(lambda U, S, V, s: (U * S / s, V)), "do not share the singular values"),
+        (pissa_by(lambda U, S, V, s: (U, S[:, None] * V / s)), "do not share the singular values"),
+        (pissa_by(largest=False), "holds the smallest directions"),
+        (pissa_by(residual=lambda W, B, A, s: W), "is W: take s B A off"),
+        (pissa_by(residual=lambda W, B, A, s: W - B @ A), "lacks the scale"),
+        (pissa_by(residual=lambda W, B, A, s: s * B @ A), "is the part that trains"),
+        (pissa_by(residual=lambda W, B, A, s: W + s * B @ A), "is W + s B A"),
+        (lambda W, rank, s: (lambda A, B, R: (B, A, R))(*SOLVED["check_pissa"](W, rank, s)), "mixed up"),
+        (lambda W, rank, s: (*SOLVED["check_pissa"](W, rank, s)[:2], None), "residual should be a tensor"),
+        (lambda W, rank, s: (*SOLVED["check_pissa"](W, rank, s)[:2], W[:2]), "residual should have shape"),
+        (lambda W, rank, s: SOLVED["check_pissa"](W, rank, s)[:2], "expected `return A, B, residual`"),
+    ],
+    "check_allocate": [
+        (allocated(lambda x, n, k: x.argsort(descending=True).argsort() < n // k), "every layer keeps as many"),
+        (lambda d, n: SOLVED["check_allocate"]({k: -v for k, v in d.items()}, n), "the least important are kept"),
+        (lambda d, n: {k: v >= torch.cat(list(d.values())).topk(n).values[-1] for k, v in d.items()}, "a threshold"),
+        (lambda d, n: {k: v > torch.cat(list(d.values())).topk(n).values[-1] for k, v in d.items()}, "the budget is"),
+        (lambda d, n: {k: int(v.sum()) for k, v in SOLVED["check_allocate"](d, n).items()}, "entries, True or False"),
+        (lambda d, n: (d.clear(), {})[1], "an argument was changed in place"),
+        (
+            lambda d, n: {k: v for k, v in SOLVED["check_allocate"](d, n).items() if v.any()},
+            "a dict with a mask for each layer",
+        ),
+        (allocated(lambda x, n, k: x == x), "everything is kept"),
+        (lambda d, n: torch.cat(list(SOLVED["check_allocate"](d, n).values())), "a dict with a mask for each layer"),
+        (
+            lambda d, n: {
+                k: v * m for (k, v), m in zip(d.items(), SOLVED["check_allocate"](d, n).values(), strict=True)
+            },
+            "entries, True or False",
+        ),
+        (allocated(lambda x, n, k: torch.arange(len(x)) < n), "is for all layers together"),
+        (lambda d, n: {k: v.flip(0) for k, v in SOLVED["check_allocate"](d, n).items()}, "more important directions"),
+    ],
+    "check_tradeoff": [
+        (traded(lambda arm, others: any(better(o, arm) >= 0 for o in others if o is not arm)), "drop equals"),
+        (traded(lambda arm, others: any(better(o, arm) == 3 for o in others)), "keep arms that another beats"),
+        (traded(lambda arm, others: any(mean(o) > mean(arm) for o in others)), "are the most accurate arm alone"),
+        (traded(lambda arm, others: not any(better(o, arm) > 0 for o in others)), "are those that are beaten"),
+        (traded(lambda arm, others: False), "are all arms"),
+        (lambda arms: (SOLVED["check_tradeoff"](arms)[0][:-1], {}), "candidates are wrong about"),
+        (lambda arms: (SOLVED["check_tradeoff"](arms)[0] * 2, {}), "is named twice"),
+        (lambda arms: (3, {}), "a list of the arms' names"),
+        (lambda arms: SOLVED["check_tradeoff"](by_seed(arms, max)), "by the best seed"),
+        (lambda arms: SOLVED["check_tradeoff"](by_seed(arms, min)), "by the worst seed"),
+        (lambda arms: SOLVED["check_tradeoff"](by_seed(arms, np.median)), "by the middle seed"),
+        (traded(rule=lambda a, b: said(np.mean(a) - np.mean(b), np.mean(a) - np.mean(b))), "compare means alone"),
+        (traded(rule=lambda a, b: scattered(a, b, 1.96, 3)), "have 1.96 for t"),
+        (traded(rule=lambda a, b: scattered(a, b, 2.776, 1)), "take deviations for errors"),
+        (traded(rule=lambda a, b: stats.difference(b, a).verdict), "more and less mixed up"),
+        (traded(rule=lambda a, b: stats.difference(a, b, paired=True).verdict), "pair the runs by their places"),
+        (traded(rule=overlapping), "two intervals overlap"),
+        (traded(rule=lambda a, b: "equal"), "should be"),
+        (lambda arms: (SOLVED["check_tradeoff"](arms)[0], {}), "one entry for each arm but the first"),
     ],
 }
 EACH_MISTAKE = [(check, *mistake) for check, mistakes in MISTAKES.items() for mistake in mistakes]

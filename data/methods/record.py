@@ -192,7 +192,7 @@ def whole_step(model):
     return step
 
 
-def print_cost(method, rounds=5):
+def print_cost(method, rounds=3):
     """Prints the time of a step as a share of LoRA's, alternating, and what merging does to the outputs."""
     steps = [whole_step(adapted(name, 0)[0]) for name in ("LoRA", method)]
     seconds = [[], []]
