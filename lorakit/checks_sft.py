@@ -95,9 +95,8 @@ def check_modern(modern: Any) -> None:
         "warmup_steps": "below 1 it is a share of the steps, as before",
     }
     for settings in SETTINGS:
-        on, given = f"dict({', '.join(f'{name}={value!r}' for name, value in settings.items())})", []
-        got = ask(_watched(modern, given.append), settings, on=on)
-        require(given[0] == settings, on, "the argument was changed in place: build a new dict, or work on a copy")
+        on = f"dict({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        got = ask(modern, settings, on=on)
         require(isinstance(got, dict), on, f"expected a dict, got {type(got).__name__}")
         old = ", ".join(name for name in settings if name in got and (name in RENAMED or name in GONE))
         require(not old, on, f"{old} is still there: SFTConfig has it under a new name, or has no place for it")

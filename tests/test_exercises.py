@@ -696,7 +696,7 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda settings: settings, "max_seq_length is still there"),
         (modern_but(lambda new, old: {**new, **old}), "max_seq_length is still there"),
         (modern_but(lambda new, old: new | {k: v for k, v in old.items() if k == "tokenizer"}), "tokenizer is still"),
-        (modern_but(lambda new, old: old.clear()), "the argument was changed in place"),
+        (modern_but(lambda new, old: old.clear()), "an argument was changed in place"),
         (modern_but(lambda new, old: renamed(new, max_length="max_len")), "the setting of 512 is lost; is it max_len?"),
         (modern_but(lambda new, old: {k: v for k, v in new.items() if v}), "False, 0 and None are values"),
         (modern_but(lambda new, old: {k: v for k, v in new.items() if k != "dataset_text_field"}), "'text' is lost"),
