@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorakit.attention import attention
 from lorakit.batch import IGNORE, Example, collate
@@ -85,7 +86,6 @@ def greedy(
     return answers
 
 
-@torch.no_grad()
 def exact_match(
     model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, show: bool = True
 ) -> list[bool]:
@@ -103,7 +103,18 @@ def exact_match(
     Returns:
         one truth value an example, in their order.
     """
-    right, was_training = [False] * len(examples), model.training
+    return [exact for exact, _ in teacher_forced(model, examples, batch_size=batch_size, show=show)]
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, show: bool = True
+) -> list[tuple[bool, float]]:
+    """For each example what `exact_match` says, and its completion's cross-entropy, in nats, all tokens together.
+
+    The arguments are those of `exact_match`.
+    """
+    found, was_training = [(False, 0.0)] * len(examples), model.training
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -111,12 +122,13 @@ def exact_match(
             for batch in _in_batches([len(example.input_ids) for example in examples], batch_size):
                 inputs = collate([examples[i] for i in batch], device)
                 logits, targets = labelled_logits(model, inputs)
-                wrong = inputs["labels"][:, 1:] != IGNORE  # (batch, seq - 1)
-                wrong[wrong.clone()] = logits.argmax(-1) != targets
-                matches = (~wrong.any(-1)).tolist()
-                for i, match in zip(batch, matches, strict=True):
-                    right[i] = match
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")
+                labelled = inputs["labels"][:, 1:] != IGNORE  # (batch, seq - 1)
+                wrong, nats = torch.zeros_like(labelled), losses.new_zeros(labelled.shape)
+                wrong[labelled], nats[labelled] = logits.argmax(-1) != targets, losses
+                for i, bad, total in zip(batch, wrong.any(-1).tolist(), nats.sum(-1).tolist(), strict=True):
+                    found[i] = not bad, total
                 progress.update(len(batch))
     finally:
         model.train(was_training)
-    return right
+    return found

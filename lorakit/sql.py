@@ -1,9 +1,9 @@
-"""The text-to-SQL task: questions over one-table schemas, five splits, the prompt, and execution accuracy on sqlite3.
+"""The text-to-SQL task: questions over tables, in four levels, five splits, the prompt, execution accuracy on sqlite3.
 
 `lorakit data FOLDER` writes the data files, the same bytes each time.
 
-Four modules stand behind this one: `sqlrun` runs a query that nobody has checked, `sqlwords` holds tables, values and
-phrasings, `sqlmake` combines them to questions and rows, `sqlfiles` reads and writes.
+Six modules stand behind this one: `sqlrun` runs a query that nobody has checked, `sqlwords` and `sqlharder` hold
+tables, values and phrasings, `sqlmake` and `sqllevels` combine them to questions and rows, `sqlfiles` reads and writes.
 """
 
 import math
@@ -12,8 +12,10 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
+from lorakit import sqlharder as harder
 from lorakit import sqlwords as words
 from lorakit.sqlfiles import load_databases, read_items, write_files
+from lorakit.sqllevels import harder_questions
 from lorakit.sqlmake import Item, near_names, populations, questions, shuffled
 from lorakit.sqlrun import Database, QueryError, Value, run_query
 
@@ -23,7 +25,7 @@ __all__ = ["SPLITS", "SPLIT_SIZES", "Item", "execution_accuracy", "generate", "l
 __all__ += ["populations", "same_rows", "write"]
 
 
-def generate(split: str, n: int | None = None, seed: int = 0) -> list[Item]:
+def generate(split: str, n: int | None = None, seed: int = 0, level: int = 1) -> list[Item]:
     """Draws items of one split, in equal shares of the query shapes as far as their distinct questions reach.
 
     Whatever the seeds and sizes, no prompt of a held-out split occurs in train.
@@ -32,16 +34,22 @@ def generate(split: str, n: int | None = None, seed: int = 0) -> list[Item]:
         split: one of `SPLITS`.
         n: number of items; None for the size in `SPLIT_SIZES`.
         seed: other seeds give other items of the same kind.
+        level: how hard: 1 has one table and at most one condition, 2 adds two conditions and HAVING, 3 nested queries,
+            4 joins of two tables. Each holds the kinds of query of those below it.
 
     Returns:
         n different items in random order.
 
     Raises:
-        ValueError: the split is unknown, or has fewer than n different questions.
+        ValueError: the split or level is unknown, or has fewer than n different questions.
     """
     if split not in SPLITS:
         raise ValueError(f"expected a split of the SQL task, {near_names(split, SPLITS)}")
     n = SPLIT_SIZES[split] if n is None else n
+    if level != 1:
+        if level not in range(2, len(harder.LEVELS) + 1) or n < 0:
+            raise ValueError(f"expected a level from 1 to {len(harder.LEVELS)} and n >= 0, got {level!r} and {n}")
+        return harder_questions(split, level, n, random.Random(f"{split}/{level}/{seed}"))
     pool = questions(split)
     if not 0 <= n <= len(pool):
         raise ValueError(f"expected n between 0 and {len(pool)} (the different questions of {split!r}), got {n}")
@@ -122,7 +130,7 @@ def execution_accuracy(
     """
     if len(items) != len(answers):
         raise ValueError(f"expected one answer an item, got {len(answers)} answers for {len(items)} items")
-    known = databases if databases is not None else {table: populations(table) for table in words.TABLES}
+    known = databases if databases is not None else {table: populations(table) for table in {i.table for i in items}}
     for item in items:
         if not known.get(item.table):
             raise ValueError(f"expected a table with databases, {near_names(item.table, known)}")

@@ -1,4 +1,4 @@
-"""Makes every question of the text-to-SQL task, and the rows it is asked about, out of `sqlwords`."""
+"""Makes every question of the text-to-SQL task, and the rows it is asked about, out of `sqlwords` and `sqlharder`."""
 
 import random
 import re
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 
+from lorakit import sqlharder as harder
 from lorakit import sqlwords as words
 from lorakit.sqlrun import Database, Table
 
 POPULATIONS = 3  # databases a table
+TABLES = words.TABLES | harder.TABLES
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def near_names(name: str, known: Iterable[str]) -> str:
 
 
 def _columns(table: str, kind: type) -> list[str]:
-    return [column for column, domain in words.TABLES[table].items() if isinstance(domain, kind)]
+    return [column for column, domain in TABLES[table].items() if isinstance(domain, kind)]
 
 
 def _is_held_out(number: int) -> bool:
@@ -58,7 +60,7 @@ def _is_held_out(number: int) -> bool:
 @cache
 def _values(table: str, column: str, held_out: bool) -> tuple:
     """The words (8, or 4 held out) or thresholds (the same numbers) that questions about this column use."""
-    domain = words.TABLES[table][column]
+    domain = TABLES[table][column]
     if isinstance(domain, tuple):
         return domain[8:] if held_out else domain[:8]
     margin = len(domain) // 6  # rows of every population lie in the margins, so that no comparison comes out empty
@@ -78,49 +80,77 @@ FILLINGS: dict[str, Callable[[dict, bool], Iterable]] = {
     "than": lambda chosen, held_out: words.COMPARISONS[chosen["comparison"]],
     "function": lambda chosen, held_out: words.FUNCTIONS,
     "stat": lambda chosen, held_out: words.FUNCTIONS[chosen["function"]],
+    "other": lambda chosen, held_out: [harder.LINKS[chosen["table"]]],
+    "key": lambda chosen, held_out: list(TABLES[chosen["other"]])[:1],
+    "mark": lambda chosen, held_out: _columns(chosen["other"], tuple)[1:],
+    "label": lambda chosen, held_out: _values(chosen["other"], chosen["mark"], held_out),
+    "size": lambda chosen, held_out: _columns(chosen["other"], range),
+    "least": lambda chosen, held_out: _values(chosen["other"], chosen["size"], held_out),
 }
+GIVEN = re.compile(r"{(value|bound|limit|label|least)}")  # slots that the values split fills with words of its own
+
+
+def slots_of(shape: words.Shape, template: str) -> list[str]:
+    """The slots that a question of this phrasing and its query have, in the order of `FILLINGS`."""
+    named = set(re.findall(r"{(\w+)}", shape.sql + template))
+    return [slot for slot in FILLINGS if slot in named or (slot == "other" and "key" in named)]
+
+
+def make_item(shape: words.Shape, template: str, chosen: dict, joined: bool) -> Item:
+    """The question and query of a choice for every slot; `joined` shows the linked table, too."""
+    tables = [chosen["table"], harder.LINKS[chosen["table"]]] if joined else [chosen["table"]]
+    schema = "\n".join(f"{table}({', '.join(TABLES[table])})" for table in tables)
+    texts = template.format(**chosen), shape.sql.format(**chosen)
+    return Item(*texts, schema, ", ".join(tables), shape.name, template)
 
 
 def _filled(shape: words.Shape, template: str, table: str, held_out: bool) -> Iterator[Item]:
     """All questions that one phrasing can ask about one table."""
-    slots = set(re.findall(r"{(\w+)}", shape.sql + template))
     choices = [{"table": table}]
-    for slot, fillings in FILLINGS.items():
-        if slot in slots:
-            choices = [{**chosen, slot: filling} for chosen in choices for filling in fillings(chosen, held_out)]
-    schema = f"{table}({', '.join(words.TABLES[table])})"
+    for slot in slots_of(shape, template):
+        choices = [{**chosen, slot: filling} for chosen in choices for filling in FILLINGS[slot](chosen, held_out)]
     for chosen in choices:
-        question = template.format(**chosen)
-        yield Item(question, shape.sql.format(**chosen), schema, table, shape.name, template)
+        yield make_item(shape, template, chosen, joined=False)
 
 
 @cache
 def questions(split: str) -> tuple[Item, ...]:
-    """All questions of a split. A checksum of the prompt deals out those that train and iid could share."""
-    unseen = split == "tables"
+    """All questions of a split at level 1. A checksum of the prompt deals out those that train and iid could share."""
     items = [
         item
         for shape in words.SHAPES
-        if split != "values" or re.search(r"{(value|bound|limit)}", shape.sql)
-        for template in (shape.held_out if split == "phrasings" else shape.train)
-        for table in words.TABLES
-        if (table in words.UNSEEN_TABLES) == unseen
+        if split != "values" or GIVEN.search(shape.sql)
+        for template in templates_of(shape, split)
+        for table in tables_of(split)
         for item in _filled(shape, template, table, held_out=split == "values")
     ]
-    if split in ("train", "iid"):
-        items = [item for item in items if (zlib.crc32(item.prompt.encode()) % 4 == 0) == (split == "iid")]
-    return tuple(items)
+    return tuple(item for item in items if belongs(item, split))
+
+
+def templates_of(shape: words.Shape, split: str) -> tuple[str, ...]:
+    """The phrasings that a split uses."""
+    return shape.held_out if split == "phrasings" else shape.train
+
+
+def tables_of(split: str) -> list[str]:
+    """The tables that a split asks about."""
+    return [table for table in words.TABLES if (table in words.UNSEEN_TABLES) == (split == "tables")]
+
+
+def belongs(item: Item, split: str) -> bool:
+    """Whether a question may be in a split: train and iid, which could share it, are told apart by a checksum."""
+    return split not in ("train", "iid") or (zlib.crc32(item.prompt.encode()) % 4 == 0) == (split == "iid")
 
 
 def _column_rows(table: str, column: str, population: int) -> list[str | int]:
-    """One column of one population, in random order.
+    """One column of one population, in random order; of a table that others are linked to, each word once.
 
-    Word i occurs 1 to 3 times: once more than digit number `population` of i in base 3. So all words have rows
-    everywhere, and no two words have the same three counts. Numbers never repeat, so that a ranking has no ties.
+    In the others word i occurs 1 to 3 times: once more than digit number `population` of i in base 3. So all words have
+    rows everywhere, and no two words have the same three counts. Numbers never repeat, so that a ranking has no ties.
     """
     rng = random.Random(f"{table}/{column}/{population}")
-    counts = [1 + i // 3**population % 3 for i in range(12)]
-    domain = words.TABLES[table][column]
+    counts = [1 if table in harder.TABLES else 1 + i // 3**population % 3 for i in range(12)]
+    domain = TABLES[table][column]
     if isinstance(domain, tuple):
         return shuffled([word for word, count in zip(domain, counts, strict=True) for _ in range(count)], rng)
     margin = len(domain) // 6
@@ -131,11 +161,11 @@ def _column_rows(table: str, column: str, population: int) -> list[str | int]:
 
 
 @cache
-def _populations(table: str) -> tuple[Database, ...]:
-    domains = words.TABLES[table]
+def _table(table: str, population: int) -> Table:
+    domains = TABLES[table]
     columns = tuple((name, "TEXT" if isinstance(domain, tuple) else "INTEGER") for name, domain in domains.items())
-    rows = [zip(*(_column_rows(table, name, p) for name in domains), strict=True) for p in range(POPULATIONS)]
-    return tuple(Database((Table(table, columns, tuple(population)),)) for population in rows)
+    rows = zip(*(_column_rows(table, name, population) for name in domains), strict=True)
+    return Table(table, columns, tuple(rows))
 
 
 def populations(table: str) -> list[Database]:
@@ -144,16 +174,17 @@ def populations(table: str) -> list[Database]:
     There are three with other rows, since on a single one a wrong query often gives the right rows by accident.
 
     Args:
-        table: name of a table of the task.
+        table: name of a table of the task; "orders, mayors" for one and the table that it is linked to.
 
     Returns:
-        Three databases of 24, 21 and 15 rows.
+        Three databases of 24, 21 and 15 rows; a linked table has 12, one for each word of the shared column.
 
     Raises:
         ValueError: no such table.
 
     Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
     """
-    if table not in words.TABLES:
-        raise ValueError(f"expected a table of the SQL task, {near_names(table, words.TABLES)}")
-    return list(_populations(table))
+    linked = {f"{one}, {other}": (one, other) for one, other in harder.LINKS.items()}
+    if table not in words.TABLES and table not in linked:
+        raise ValueError(f"expected a table of the SQL task, {near_names(table, [*words.TABLES, *linked])}")
+    return [Database(tuple(_table(name, p) for name in linked.get(table, (table,)))) for p in range(POPULATIONS)]

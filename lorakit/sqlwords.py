@@ -1,38 +1,38 @@
 """What the text-to-SQL task talks about: tables, values, query shapes and phrasings. Data only; `sql.py` combines it.
 
-A harder level is one more `Shape`: two conditions, say, are the SQL
-``SELECT {column} FROM {table} WHERE {text} = '{value}' AND {number} {comparison} {bound}`` and its phrasings.
+These are the shapes of level 1, one table and at most one condition; those of the harder levels are in `sqlharder`.
 """
 
 from dataclasses import dataclass
 
 
-def _words(text: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
+    """The words of a text with blanks between them."""
     return tuple(text.split())
 
 
-PEOPLE = _words("Anna Ben Carla David Emma Felix Grace Hugo Ivan Julia Karim Laura")
-SURNAMES = _words("Adams Baker Clark Dixon Evans Foster Garcia Hughes Irving Jensen Kumar Lopez")
-CITIES = _words("Oslo Rome Paris Lima Cairo Tokyo Delhi Berlin Madrid Dublin Seoul Vienna")
-DEPARTMENTS = _words("Sales Legal Finance Support Research Design Security Marketing Payroll Training Quality Press")
-BOOKS = _words("Dawn Ashes Voyage Mirror Harvest Orchard Silence Lantern Thunder Compass Island Winter")
-FILMS = _words("Gravity Phantom Runaway Outlaw Comet Stranger Vertigo Avalanche Mirage Castaway Eclipse Rebel")
-TEAMS = _words("Lions Tigers Bears Eagles Sharks Wolves Hawks Bulls Rockets Pirates Kings Giants")
-CARS = _words("Polo Golf Civic Corolla Focus Fiesta Panda Astra Clio Swift Leaf Mustang")
-BRANDS = _words("Toyota Honda Ford Fiat Opel Renault Nissan Volvo Mazda Skoda Tesla Audi")
-AIRLINES = _words("Delta United Iberia Qantas Emirates Finnair Swiss Ryanair Condor Avianca Garuda Luxair")
-COURSES = _words("Algebra History Biology Physics Music Drama Latin Chemistry Geography Logic Ethics Poetry")
-HOTELS = _words("Plaza Ritz Savoy Astoria Palace Bellevue Central Royal Metropol Excelsior Riviera Regent")
-SONGS = _words("Hello Yesterday Imagine Angie Jolene Valerie Roxanne Fever Crazy Respect Halo Umbrella")
+PEOPLE = listed("Anna Ben Carla David Emma Felix Grace Hugo Ivan Julia Karim Laura")
+SURNAMES = listed("Adams Baker Clark Dixon Evans Foster Garcia Hughes Irving Jensen Kumar Lopez")
+CITIES = listed("Oslo Rome Paris Lima Cairo Tokyo Delhi Berlin Madrid Dublin Seoul Vienna")
+DEPARTMENTS = listed("Sales Legal Finance Support Research Design Security Marketing Payroll Training Quality Press")
+BOOKS = listed("Dawn Ashes Voyage Mirror Harvest Orchard Silence Lantern Thunder Compass Island Winter")
+FILMS = listed("Gravity Phantom Runaway Outlaw Comet Stranger Vertigo Avalanche Mirage Castaway Eclipse Rebel")
+TEAMS = listed("Lions Tigers Bears Eagles Sharks Wolves Hawks Bulls Rockets Pirates Kings Giants")
+CARS = listed("Polo Golf Civic Corolla Focus Fiesta Panda Astra Clio Swift Leaf Mustang")
+BRANDS = listed("Toyota Honda Ford Fiat Opel Renault Nissan Volvo Mazda Skoda Tesla Audi")
+AIRLINES = listed("Delta United Iberia Qantas Emirates Finnair Swiss Ryanair Condor Avianca Garuda Luxair")
+COURSES = listed("Algebra History Biology Physics Music Drama Latin Chemistry Geography Logic Ethics Poetry")
+HOTELS = listed("Plaza Ritz Savoy Astoria Palace Bellevue Central Royal Metropol Excelsior Riviera Regent")
+SONGS = listed("Hello Yesterday Imagine Angie Jolene Valerie Roxanne Fever Crazy Respect Halo Umbrella")
 
-DISHES = _words("Soup Pizza Curry Salad Stew Pasta Tacos Risotto Omelette Pie Sushi Burger")
-CUISINES = _words("Thai Greek French Indian Mexican Korean Turkish Spanish Lebanese Polish Chinese Cuban")
-RIVERS = _words("Nile Congo Rhine Volga Thames Ganges Amazon Jordan Hudson Seine Tiber Indus")
-COUNTRIES = _words("Egypt Austria Brazil Canada Kenya Norway Peru Japan Chad Italy Chile Ghana")
-SPECIES = _words("Otter Zebra Horse Camel Falcon Beaver Sheep Goat Rabbit Moose Monkey Turtle")
-HABITATS = _words("Desert Forest Swamp Tundra Savanna Jungle Mountain Coast Meadow Reef Steppe Cave")
-PHONES = _words("Pixel Galaxy Nova Spark Moto Edge Prime Zoom Flip Echo Wave Pulse")
-MAKERS = _words("Nokia Sony Google Samsung Intel Motorola Lenovo Apple Philips Panasonic Siemens Sharp")
+DISHES = listed("Soup Pizza Curry Salad Stew Pasta Tacos Risotto Omelette Pie Sushi Burger")
+CUISINES = listed("Thai Greek French Indian Mexican Korean Turkish Spanish Lebanese Polish Chinese Cuban")
+RIVERS = listed("Nile Congo Rhine Volga Thames Ganges Amazon Jordan Hudson Seine Tiber Indus")
+COUNTRIES = listed("Egypt Austria Brazil Canada Kenya Norway Peru Japan Chad Italy Chile Ghana")
+SPECIES = listed("Otter Zebra Horse Camel Falcon Beaver Sheep Goat Rabbit Moose Monkey Turtle")
+HABITATS = listed("Desert Forest Swamp Tundra Savanna Jungle Mountain Coast Meadow Reef Steppe Cave")
+PHONES = listed("Pixel Galaxy Nova Spark Moto Edge Prime Zoom Flip Echo Wave Pulse")
+MAKERS = listed("Nokia Sony Google Samsung Intel Motorola Lenovo Apple Philips Panasonic Siemens Sharp")
 
 # Column -> its words (a text column) or its range (a column of whole numbers). Of twelve words the last four, and of
 # all numbers those that leave HELD_OUT_REMAINDER after division by five, occur in no training question.

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +75,11 @@ def fit(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     loraplus_ratio: float = 1.0,
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     seed: int = 0,
     show: bool = True,
 ) -> History:
-    """Trains the parameters that require a gradient with AdamW, in place.
+    """Trains the parameters that require a gradient, with AdamW if nothing else is asked for, in place.
 
     Args:
         model: a causal language model: called with input_ids and attention_mask, it returns `.logits`.
@@ -89,6 +91,8 @@ def fit(
         weight_decay: AdamW's.
         clip: largest norm of all gradients together; `math.inf` for none.
         loraplus_ratio: rate of every adapter's B, as a multiple of `lr` (LoRA+, see `loraplus_groups`); 1 for LoRA.
+        optimizer: called with the parameter groups, each with its `lr`, such as `torch.optim.SGD`; it sets its own
+            weight decay. None for torch's AdamW.
         seed: of the data's order and of dropout; the global random state is left as it was.
         show: draw a progress bar.
 
@@ -101,7 +105,7 @@ def fit(
     """
     groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
     run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
-    train(model, [run], steps, batch_size, warmup, weight_decay, clip, show)
+    train(model, [run], steps, batch_size, warmup, weight_decay, clip, show, optimizer)
     if run.error:
         raise FloatingPointError(run.error)
     return run.history
@@ -116,6 +120,7 @@ def train(
     weight_decay: float,
     clip: float,
     show: bool,
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
 ) -> None:
     """Does the trainings of `runs` in one loop, as `fit` does one: each has its part of the batch, in their order.
 
@@ -126,7 +131,8 @@ def train(
         _check(model, run, steps, batch_size, warmup)
     device = runs[0].params[0].device
     groups = [group for run in runs for group in run.groups or [{"params": run.params, "lr": run.lr}]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
+    fused = {"weight_decay": weight_decay, "fused": device.type in ("cpu", "cuda")}
+    optimizer = make(groups) if make else torch.optim.AdamW(groups, **fused)
     warmup_steps = math.ceil(steps * warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup_steps))
     orders = [batches(len(run.examples), batch_size, steps, run.seed) for run in runs]

@@ -18,9 +18,9 @@ ORDER = [  # from the ground up
     *("inject", "fold", "quantized"),
     *("adapter_files", "adapter", "arithmetic"),
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
-    *("models", "sqlrun", "sqlwords", "sqlmake", "sqlfiles", "sql"),
+    *("models", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
-    *("recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
+    *("ablate", "recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
     *("answers", "checks_lowrank", "checks_lora", "checks_sft", "checks_qlora", "checks_dora", "checks"),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorakit import cli, sqlwords
+from lorakit import cli, sqlharder, sqlwords
 from lorakit.sql import (
     SPLIT_SIZES,
     SPLITS,
@@ -29,6 +29,7 @@ from lorakit.sql import (
     same_rows,
     write,
 )
+from lorakit.sqllevels import near_misses
 from lorakit.sqlmake import questions
 from lorakit.sqlrun import Database, QueryError, Table, run_query
 
@@ -147,6 +148,113 @@ def test_unknown_split_and_too_many_items_are_refused_with_advice():
         generate("train", -1)
     with pytest.raises(ValueError, match="near: rivers"):
         populations("river")
+
+
+# ---- the harder levels ----
+
+each_level = pytest.mark.parametrize("level", [2, 3, 4])
+
+
+@cache
+def harder_items(split: str, level: int) -> tuple[Item, ...]:
+    return tuple(generate(split, 200, level=level))
+
+
+@each_level
+def test_a_level_has_the_shapes_of_those_below_it_in_equal_shares(level):
+    shapes = {shape.name for each in sqlharder.LEVELS[:level] for shape in each}
+    assert len({shape.name for each in sqlharder.LEVELS for shape in each}) == 20
+    for split in ("train", "iid", "phrasings", "tables"):
+        items = harder_items(split, level)
+        assert len({item.prompt for item in items}) == 200
+        share = [sum(item.shape == shape for item in items) for shape in shapes]
+        assert min(share) >= 8
+        assert {item.shape for item in items} == shapes
+        assert len({item.schema.count("\n") for item in items}) == 1
+        assert ("\n" in items[0].schema) == (level == 4)
+
+
+@each_level
+def test_no_harder_question_is_shared_between_splits(level):
+    prompts = {split: {item.prompt for item in harder_items(split, level)} for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        assert not prompts[one] & prompts[other]
+    seen = set().union(*(tokens(item.question) | tokens(item.answer) for item in harder_items("train", level)))
+    for item in harder_items("values", level):
+        values = set(re.findall(r"'(\w+)'", item.answer)) | set(re.findall(r"\b\d+\b", item.answer))
+        assert values
+        assert not values & seen
+    schemas = set().union(*(tokens(item.schema) for item in harder_items("train", level)))
+    words = {word for item in harder_items("train", level) for word in re.findall(r"'(\w+)'", item.answer)}
+    for item in harder_items("tables", level):
+        assert not (tokens(item.schema) | set(re.findall(r"'(\w+)'", item.answer))) & (schemas | words)
+
+
+@each_level
+def test_a_harder_question_and_its_schema_name_what_the_query_needs(level):
+    for item in (item for split in SPLITS for item in harder_items(split, level)):
+        needed = {token for token in tokens(item.answer) if not token.isupper()}
+        key = tokens(" ".join(re.findall(r"USING \((\w+)\)", item.answer)))
+        assert needed - key - tokens(item.table) <= tokens(item.question), item
+        assert key <= set.intersection(*(tokens(line) for line in item.schema.split("\n")))
+
+
+@each_level
+def test_no_near_miss_of_a_harder_query_passes(level):
+    tried = 0
+    for item in harder_items("tables", level)[::4]:
+        assert execution_accuracy([item], [item.answer]) == [True]
+        for wrong in set(near_misses(item.answer)) - {item.answer}:
+            tried += 1
+            assert execution_accuracy([item], [wrong]) == [False], (item.answer, wrong)
+    assert tried > 100
+
+
+def test_near_misses_are_what_they_say():
+    misses = set(near_misses("SELECT a FROM t WHERE b = 'x' AND c > 1"))
+    expected = {
+        "SELECT a FROM t WHERE b = 'x'",
+        "SELECT a FROM t WHERE c > 1",
+        "SELECT a FROM t WHERE b = 'x' OR c > 1",
+    }
+    assert expected <= misses
+    inner = "SELECT a FROM t WHERE c > (SELECT AVG(c) FROM t WHERE b = 'x')"
+    assert {inner.replace(" WHERE b = 'x'", ""), inner.replace("AVG", "MAX"), inner.replace(">", "<")} <= set(
+        near_misses(inner)
+    )
+
+
+def test_linked_tables_share_one_column_and_hold_all_its_words():
+    for table, other in sqlharder.LINKS.items():
+        columns, linked = sqlwords.TABLES[table], sqlharder.TABLES[other]
+        (key,) = set(columns) & set(linked)
+        assert key == next(iter(linked))
+        assert columns[key] is linked[key]
+        for database in populations(f"{table}, {other}"):
+            main, more = database.tables
+            assert main == populations(table)[populations(table).index(Database((main,)))].tables[0]
+            assert sorted(row[0] for row in more.rows) == sorted(linked[key])
+            numbers = [row[2] for row in more.rows]
+            assert len(set(numbers)) == len(numbers) == 12
+
+
+def test_the_new_sentences_of_a_harder_shape_are_new():
+    for shape in (shape for each in sqlharder.LEVELS[1:] for shape in each):
+        assert (len(shape.train), len(shape.held_out)) == (5, 3)
+        for new in shape.held_out:
+            for old in shape.train:
+                likeness = SequenceMatcher(None, new.lower().split(), old.lower().split()).ratio()
+                assert likeness < 0.7, (new, old)
+
+
+def test_levels_have_seeds_and_limits():
+    assert generate("train", 40, level=3) == generate("train", 40, level=3) != generate("train", 40, seed=1, level=3)
+    assert generate("iid", 0, level=2) == []
+    for level in (0, 5):
+        with pytest.raises(ValueError, match="a level from 1 to 4"):
+            generate("train", level=level)
+    with pytest.raises(ValueError, match=r"n >= 0, .* and -1"):
+        generate("train", -1, level=2)
 
 
 # ---- the files ----

@@ -11,6 +11,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from lorakit import Example, encode, exact_match, fit, greedy, inject, loraplus_groups
 from lorakit.batch import IGNORE, collate
+from lorakit.inject import adapters
 from lorakit.libraries import quiet
 from lorakit.loss import completion_loss
 from lorakit.plain import plain_loop
@@ -159,6 +160,17 @@ def test_loraplus_trains_b_at_its_own_rate():
     assert history.lr == pytest.approx([0, 1e-3, 5e-4])
     for mine, yours in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-6)
+
+
+def test_fit_takes_another_optimizer():
+    """One step of SGD from B = 0 moves B by the rate times its gradient."""
+    model, expected = adapted(), adapted()
+    texts = examples(8)
+    completion_loss(expected, collate(texts)).backward()
+    settings = {"steps": 1, "lr": 0.5, "warmup": 0, "clip": math.inf, "show": False}
+    fit(model, texts, **settings, optimizer=lambda groups: torch.optim.SGD(groups, momentum=0.9))
+    for mine, yours in zip(adapters(model).values(), adapters(expected).values(), strict=True):
+        torch.testing.assert_close(mine.B, -0.5 * yours.B.grad, rtol=1e-3, atol=1e-7)
 
 
 def test_loraplus_groups_are_those_of_peft():
