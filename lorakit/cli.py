@@ -156,7 +156,8 @@ def _budget(args: argparse.Namespace) -> int:
 
 
 def _declare_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", type=Path, help="a YAML file: function, grid, folder")
+    parser.add_argument("plans", nargs="+", type=Path, metavar="plan", help="a YAML file: function, grid, folder")
+    parser.add_argument("--into", type=Path, metavar="DIR", help="put each plan's folder there, to make all runs anew")
     parser.add_argument("--dry-run", action="store_true", help="say how many runs are missing and what they cost")
     parser.add_argument("--retry", action="store_true", help="make the failed runs again")
     parser.add_argument("--jobs", type=int, help="how many at a time, -1 for all cores (default: the plan's, or one)")
@@ -167,17 +168,21 @@ def _sweep(args: argparse.Namespace) -> int:
     from lorakit.records import survey
     from lorakit.sweep import sweep
 
-    plan = load_plan(args.plan)
-    options = plan.options | ({} if args.jobs is None else {"jobs": args.jobs})
-    print(survey(plan.folder, plan.settings, args.retry))
-    if args.dry_run:
-        return 0
-    frame = sweep(plan.function, plan.grid, plan.folder, retry=args.retry, **options)
-    print(survey(plan.folder, plan.settings))
-    for error in frame.error[frame.error != ""].drop_duplicates():
-        print(error.rstrip().splitlines()[-1])
-    print(plan.folder)
-    return 1 if (frame.error != "").any() else 0
+    failed = 0
+    for path, plan in [(path, load_plan(path)) for path in args.plans]:
+        folder = args.into / plan.folder.name if args.into else plan.folder
+        title = f"{path.name}: " if len(args.plans) > 1 else ""
+        print(f"{title}{survey(folder, plan.settings, args.retry, guide=plan.folder)}")
+        if args.dry_run:
+            continue
+        options = plan.options | ({} if args.jobs is None else {"jobs": args.jobs})
+        frame = sweep(plan.function, plan.grid, folder, retry=args.retry, **options)
+        print(survey(folder, plan.settings))
+        for error in frame.error[frame.error != ""].drop_duplicates():
+            print(error.rstrip().splitlines()[-1])
+        print(folder)
+        failed += (frame.error != "").sum()
+    return 1 if failed else 0
 
 
 COMMANDS = {

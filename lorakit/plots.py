@@ -1,8 +1,11 @@
 """The course's figures: each function draws on an axis and returns it."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from matplotlib.axes import Axes
+
+from lorakit.stats import mean_interval
 
 # Paul Tol's "bright" scheme, safe for the colour-blind
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -111,3 +114,43 @@ def plot_similarity(
     ax.figure.colorbar(image, ax=ax, label="similarity")
     style(ax, title, xlabel, ylabel).grid(visible=False)
     return ax
+
+
+def plot_seeds(
+    arms: Mapping[str, Mapping[float | str, Sequence[float]]], ax: Axes, title: str = "", xlabel: str = ""
+) -> Axes:
+    """Draws every run as a dot, with the mean of each setting and its interval (Student's t), one colour an arm.
+
+    Args:
+        arms: arm -> setting -> shares in [0, 1], one a seed. Settings that are numbers get a logarithmic axis, names
+            one place each.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: what the settings are.
+    """
+    settings = list(dict.fromkeys(setting for points in arms.values() for setting in points))
+    named = any(isinstance(setting, str) for setting in settings)
+    settings = settings if named else sorted(settings)
+    for i, ((label, points), colour) in enumerate(zip(arms.items(), COLOURS, strict=False)):
+        aside = 0.1 * (i - (len(arms) - 1) / 2)  # arms beside each other
+        order = [setting for setting in settings if setting in points]
+        where = [settings.index(s) + 2 * aside if named else s * 2**aside for s in order]
+        for place, setting in zip(where, order, strict=True):
+            shares = points[setting]
+            ax.plot([place] * len(shares), [100 * share for share in shares], ".", color=colour, alpha=0.6, ms=5)
+            if len(shares) > 1:
+                _, low, high = mean_interval(shares)
+                ends = [100 * max(low, 0), 100 * min(high, 1)]
+                ax.plot([place] * 2, ends, color=colour, lw=5, alpha=0.25, solid_capstyle="butt")
+        means = [100 * fmean(points[setting]) for setting in order]
+        ax.plot(where, means, "_" if named else "-", color=colour, label=label, ms=14, mew=2, lw=1.5)
+    if named:
+        ax.set_xticks(range(len(settings)), settings)
+    else:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(settings, [f"{setting:g}" for setting in settings])
+        ax.minorticks_off()
+    ax.set_ylim(-3, 103)
+    if len(arms) > 1:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, xlabel, "right answers (%), 95 % interval")

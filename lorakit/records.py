@@ -57,18 +57,24 @@ class State:
     failed: int = 0
     missing: list[Settings] = field(default_factory=list)  # to be made; failed ones too if they are to be tried again
     damaged: list[Path] = field(default_factory=list)  # records that were set aside
-    seconds: list[float] = field(default_factory=list)  # that each finished run took
+    seconds: float | None = None  # that the missing runs may take, one after the other; None if nothing is known
 
     def __str__(self) -> str:
         text = f"{self.done} runs done, {self.failed} failed, {len(self.missing)} to make"
-        if self.missing and self.seconds:
-            text += f", about {duration(median(self.seconds) * len(self.missing))} one after the other"
+        if self.missing and self.seconds is not None:
+            text += f", about {duration(self.seconds)} one after the other"
         return text
 
 
-def survey(folder: str | os.PathLike, settings: Iterable[Settings], retry: bool = False) -> State:
-    """What is there of the settings that `expand` gave, and what is missing; sets damaged records aside."""
-    state = State()
+def survey(
+    folder: str | os.PathLike, settings: Iterable[Settings], retry: bool = False, guide: str | os.PathLike | None = None
+) -> State:
+    """What is there of the settings that `expand` gave, and what is missing; sets damaged records aside.
+
+    A missing run may take what its record in the folder `guide` says that it took there, or else the median of all runs
+    that are known.
+    """
+    state, expected = State(), {}
     for setting in settings:
         path = record_path(folder, setting)
         record = read_record(path, state.damaged)
@@ -77,7 +83,13 @@ def survey(folder: str | os.PathLike, settings: Iterable[Settings], retry: bool 
         if record is not None:
             state.failed += bool(record["error"])
             state.done += not record["error"]
-            state.seconds += [] if record["error"] else [record["seconds"]]
+        elif guide:
+            record = read_record(Path(guide, path.name))
+        if record is not None and not record["error"]:
+            expected[path.name] = record["seconds"]
+    if expected:
+        names = [record_path(folder, setting).name for setting in state.missing]
+        state.seconds = sum(expected.get(name, median(expected.values())) for name in names)
     return state
 
 

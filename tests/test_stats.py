@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -14,6 +15,8 @@ from lorakit.stats import (
     differences_from,
     mean_interval,
     optimum,
+    tuned,
+    tuned_arms,
 )
 
 A, B = [0.90, 0.94, 0.92, 0.95], [0.85, 0.90, 0.88, 0.89]
@@ -103,3 +106,39 @@ def test_an_optimum_at_an_edge_is_said_to_be_one():
 def test_what_cannot_be_computed_is_refused(call):
     with pytest.raises(ValueError, match="expected"):
         call()
+
+
+def test_tuning_leaves_out_the_seed_that_it_is_scored_on():
+    arm = tuned({1e-3: [0.5, 0.6, 0.7], 1e-2: [0.9, 0.4, 0.5]})
+    assert arm.chosen == [1e-3, 1e-2, 1e-2]  # by the means of the other two: 0.65 > 0.45, 0.6 < 0.7, 0.55 < 0.65
+    assert arm.values == [0.5, 0.4, 0.5]
+    assert (arm.best.at, arm.best.value, arm.best.edge) == (1e-3, pytest.approx(0.6), "lowest")
+    assert arm.interval == mean_interval(arm.values)
+    assert tuned({1e-3: [0.1, 0.2]}).values == [0.1, 0.2]
+    for bad in ({}, {1e-3: [0.5]}, {1e-3: [0.5, 0.6], 1e-2: [0.5]}, {1e-3: [0.5, math.nan]}):
+        with pytest.raises(ValueError, match="expected finite values"):
+            tuned(bad)
+
+
+def test_a_tuned_value_has_no_luck_in_it():
+    """Twenty settings that are all worth 0: the best mean looks better, the tuned value does not."""
+    rng = np.random.default_rng(0)
+    arms = [tuned(dict(enumerate(rng.normal(size=(20, 5)).tolist()))) for _ in range(300)]
+    assert np.mean([arm.best.value for arm in arms]) > 0.7
+    assert abs(np.mean([arm.values for arm in arms])) < 0.07
+
+
+def test_tuned_arms_of_a_frame():
+    rows = [
+        {"rank": rank, "lr": lr, "seed": seed, "correct": rank * lr + seed / 100}
+        for rank in (4, 1)
+        for lr in (0.1, 0.01)
+        for seed in (1, 0, 2)
+    ]
+    arms = tuned_arms(pd.DataFrame(rows), "rank", "correct")
+    assert list(arms) == [4, 1]
+    assert arms[1].values == pytest.approx([0.1, 0.11, 0.12])
+    assert (arms[4].best.at, arms[4].best.edge) == (0.1, "highest")
+    for bad in (rows[1:], [*rows, rows[0]], [rows[0] | {"correct": math.nan}, *rows[1:]]):
+        with pytest.raises(ValueError, match="for rank 4"):
+            tuned_arms(pd.DataFrame(bad), "rank", "correct")

@@ -14,7 +14,7 @@ import pytest
 
 from lorakit import cli
 from lorakit.plan import load_plan
-from lorakit.records import expand, frame, read_record, record_path, survey
+from lorakit.records import expand, frame, read_record, record_path, survey, write_record
 from lorakit.sweep import sweep
 
 GRID = {"x": [1, 2, 3], "seed": range(2)}
@@ -193,6 +193,28 @@ def test_the_command_makes_a_plan_and_says_what_it_costs(tmp_path, capsys, monke
     assert "4 runs done" in capsys.readouterr().out
     assert sorted(frame(tmp_path / "out", expand({"x": 3, "seed": [1, 2]})).y) == [9, 9]
     assert load_plan(plan).settings[2] == {"x": 3, "seed": 1}
+
+
+def test_several_plans_are_made_anew_elsewhere_at_a_known_cost(tmp_path, capsys):
+    grids = {"a": "{x: [1, 2, 3]}", "b": "{x: 4, seed: [0, 1]}"}
+    (tmp_path / "runs.py").write_text(RUNS)
+    for name, grid in grids.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.yaml").write_text(f"function: runs.py:square\ngrid: {grid}\n")
+        for setting in load_plan(tmp_path / f"{name}.yaml").settings[:2]:
+            write_record(tmp_path / name, setting, result={"y": 0}, error="", seconds=60.0 * setting["x"])
+    plans = [str(tmp_path / f"{name}.yaml") for name in grids]
+    command = ["sweep", *plans, "--into", str(tmp_path / "anew")]
+    assert cli.main([*command, "--dry-run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "a.yaml: 0 runs done, 0 failed, 3 to make, about 4 min one after the other"  # 1, 2 and the median
+    assert out[1] == "b.yaml: 0 runs done, 0 failed, 2 to make, about 8 min one after the other"
+    assert not (tmp_path / "anew").exists()
+    assert cli.main(command) == 0
+    assert frame(tmp_path / "anew" / "a").y.tolist() != [0, 0]
+    assert len(frame(tmp_path / "anew" / "b")) == len(frame(tmp_path / "b")) == 2
+    assert cli.main(["sweep", plans[0], str(tmp_path / "no.yaml"), "--into", str(tmp_path / "late")]) == 2
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_plan_may_take_runs_together_and_in_processes(tmp_path):
