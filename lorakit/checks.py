@@ -1,6 +1,13 @@
 """The checks of all exercises: `check_x(your_function)` prints "right", or says on which input it is wrong, and why."""
 
 from lorakit.answers import CheckFailed
+from lorakit.checks_ablation import (
+    check_confounds,
+    check_design,
+    check_rank_table,
+    check_seeds_needed,
+    check_verdict,
+)
 from lorakit.checks_dora import check_allocate, check_dora, check_equivalent, check_pissa, check_tradeoff
 from lorakit.checks_lora import check_count, check_first_update, check_grow, check_layer, check_merge, check_swap
 from lorakit.checks_lowrank import (
@@ -21,8 +28,10 @@ __all__ = [
     "check_best_approximation",
     "check_codebook",
     "check_compare",
+    "check_confounds",
     "check_control",
     "check_count",
+    "check_design",
     "check_dora",
     "check_equivalent",
     "check_first_update",
@@ -37,10 +46,13 @@ __all__ = [
     "check_modern",
     "check_pissa",
     "check_rank_for_energy",
+    "check_rank_table",
     "check_round_trip",
+    "check_seeds_needed",
     "check_similarity",
     "check_step",
     "check_storage",
     "check_swap",
     "check_tradeoff",
+    "check_verdict",
 ]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from peft.tuners.tuners_utils import check_target_module_exists
+from scipy.stats import t
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -536,6 +537,93 @@ def traded(beaten=None, rule=None):
     return tradeoff
 
 
+def enough(width, least=2):
+    """A wrong number of seeds: the first whose `width(n)` for a scatter of 1 is narrow enough."""
+    return lambda scatter, half: next(n for n in range(least, 10_000) if scatter * width(n) <= half)
+
+
+def tabled(pick=None, mean=np.mean, half=None, rows=None):
+    """A wrong rank table: `pick(rates, all)` the runs of a rank; `half(values)` of the interval; `rows(table)`."""
+
+    def rank_table(runs):
+        accuracy = {rank: {} for rank in sorted({run["rank"] for run in runs})}
+        for run in sorted(runs, key=lambda run: (run["lr"], run["seed"])):
+            accuracy[run["rank"]].setdefault(run["lr"], []).append(run["correct"])
+        table = []
+        for rank, rates in accuracy.items():
+            values = pick(rates, accuracy.values()) if pick else max(rates.values(), key=np.mean)
+            wide = half(values) if half else stats.mean_interval(values)[2] - np.mean(values)
+            table.append((rank, 1000 * rank, mean(values), np.mean(values) - wide, np.mean(values) + wide))
+        return rows(table) if rows else table
+
+    return rank_table
+
+
+def common_rate(rates, everybody):
+    return rates[max(rates, key=lambda lr: sum(np.mean(each[lr]) for each in everybody))]
+
+
+def erred(values):
+    return np.std(values, ddof=1) / np.sqrt(len(values))
+
+
+def paired_by(interval=None, seeds=lambda a, b: [s for s in a if s in b], least=2, turn=1):
+    """A wrong verdict: `interval(gaps)` of the differences of the `seeds`; with fewer than `least`, none."""
+
+    def verdict(a, b):
+        gaps = [turn * (a.get(s, 0) - b.get(s, 0)) for s in seeds(a, b)]
+        if len(gaps) < least:
+            return "cannot be separated"
+        _, low, high = interval(gaps) if interval else stats.mean_interval(gaps)
+        return "a is higher" if low > 0 else "b is higher" if high < 0 else "cannot be separated"
+
+    return verdict
+
+
+def verdict_by(rule, least=2):
+    """A wrong verdict by two lists, whatever their seeds."""
+
+    def verdict(a, b):
+        if min(len(a), len(b)) < least:
+            return "cannot be separated"
+        said = rule(list(a.values()), list(b.values()))
+        return {"higher": "a is higher", "lower": "b is higher"}.get(said, said)
+
+    return verdict
+
+
+def confounded(*without, **others):
+    """A wrong list of confounds: without some names, or with another function of a run for some."""
+    values = {
+        "alpha": lambda run: run["alpha"],
+        "scale": lambda run: run["alpha"] / run["rank"],
+        "steps": lambda run: run["steps"],
+        "epochs": lambda run: run["steps"] * run["batch_size"] / run["n"],
+        "seeds": lambda run: run["seed"],
+    } | others
+
+    def confounds(a, b):
+        found = [name for name, value in values.items() if set(map(value, a)) != set(map(value, b))]
+        if "rates" not in values:
+            found += ["rates"] if len({run["lr"] for run in a}) != len({run["lr"] for run in b}) else []
+        return sorted(set(found) - set(without))
+
+    return confounds
+
+
+def designed(seeds=None, **changed):
+    """A wrong design: `seeds(fit)` of the seeds that fit, not rounded; other entries of the grid."""
+
+    def design(ranks, alphas, rates, seconds, minutes):
+        fit = 60 * minutes / (seconds * len(ranks) * len(alphas) * len(rates))
+        if seeds is None and fit < 3:
+            raise ValueError("expected more minutes")
+        values = seeds(fit) if seeds else range(int(fit))
+        return {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(values)} | changed
+
+    return design
+
+
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
     "check_largest_rank": [
         (lambda d_out, d_in: d_in // 2, "exactly as many numbers as the matrix"),
@@ -1030,6 +1118,99 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (traded(rule=overlapping), "two intervals overlap"),
         (traded(rule=lambda a, b: "equal"), "should be"),
         (lambda arms: (SOLVED["check_tradeoff"](arms)[0], {}), "one entry for each arm but the first"),
+    ],
+    "check_seeds_needed": [
+        (enough(lambda n: 1.959964 / n**0.5), "has z = 1.96"),
+        (enough(lambda n: t.ppf(0.975, n) / n**0.5), "n degrees of freedom"),
+        (enough(lambda n: 2 * t.ppf(0.975, n - 1) / n**0.5), "the whole width for half of it"),
+        (enough(lambda n: t.ppf(0.95, n - 1) / n**0.5), "a 90 % interval"),
+        (enough(lambda n: 1 / n**0.5), "where is t?"),
+        (enough(lambda n: t.ppf(0.975, n - 1) / n), "divides by n: "),
+        (enough(lambda n: t.ppf(0.975, n - 1) / (n - 1) ** 0.5), "sqrt(n), not sqrt(n - 1)"),
+        (lambda scatter, half: SOLVED["check_seeds_needed"](scatter, half) + 1, "one too many"),
+        (lambda scatter, half: SOLVED["check_seeds_needed"](scatter, half) - 1, "the last one that is too few"),
+        (lambda scatter, half: 1, "one run has no scatter"),
+        (lambda scatter, half: (1.96 * scatter / half) ** 2, "should be"),
+        (lambda scatter, half: str(SOLVED["check_seeds_needed"](scatter, half)), "should be a tensor or a number"),
+    ],
+    "check_rank_table": [
+        (tabled(mean=max), "the best single run"),
+        (tabled(lambda rates, _: [value for values in rates.values() for value in values]), "the mean over all rates"),
+        (tabled(lambda rates, _: max(rates.values(), key=max)), "at the rate with the best single run"),
+        (
+            tabled(lambda rates, _: max(rates.values(), key=lambda values: values[0])),
+            "the rate that is best for seed 0",
+        ),
+        (tabled(common_rate), "at one rate for all ranks"),
+        (tabled(lambda rates, _: next(iter(rates.values()))), "at the smallest rate"),
+        (tabled(lambda rates, _: list(rates.values())[-1]), "at the largest rate"),
+        (tabled(lambda rates, _: list(map(max, zip(*rates.values(), strict=True)))), "each seed's best rate"),
+        (tabled(mean=np.median), "is the median"),
+        (tabled(half=lambda values: 1.959964 * erred(values)), "that of the normal distribution"),
+        (tabled(half=erred), "one standard error away"),
+        (tabled(half=lambda values: np.std(values, ddof=1)), "one standard deviation away"),
+        (tabled(half=lambda values: t.ppf(0.975, 2) * np.std(values) / 3**0.5), "the population's standard deviation"),
+        (tabled(half=lambda values: t.ppf(0.975, 3) * erred(values)), "n degrees of freedom"),
+        (tabled(half=lambda values: t.ppf(0.95, 2) * erred(values)), "a 90 % interval"),
+        (tabled(half=lambda values: t.ppf(0.975, 2) * np.std(values, ddof=1)), "t times the standard deviation"),
+        (tabled(half=lambda values: -t.ppf(0.975, 2) * erred(values)), "first low, then high"),
+        (tabled(half=lambda values: np.mean(values) - min(values)), "the worst or best seed"),
+        (tabled(rows=lambda table: [(*row[:3], row[4] - row[2], row[4]) for row in table]), "is the half width"),
+        (tabled(rows=lambda table: [(row[0], row[0], *row[2:]) for row in table]), "is the rank: `trainable`"),
+        (tabled(rows=lambda table: table[::-1]), "sorted by rank"),
+        (tabled(rows=lambda table: table[:1]), "rows, one a rank"),
+        (tabled(rows=lambda table: [row[1:] for row in table]), "tuples of five numbers"),
+        (tabled(rows=lambda table: {row[0]: row[1:] for row in table}), "tuples of five numbers"),
+    ],
+    "check_verdict": [
+        (verdict_by(lambda a, b: stats.difference(a, b).verdict), "seed by seed"),
+        (verdict_by(overlapping), "seed by seed"),
+        (verdict_by(lambda a, b: said(np.mean(a) - np.mean(b), np.mean(a) - np.mean(b)), least=1), "holds zero"),
+        (paired_by(lambda gaps: (0, np.mean(gaps), np.mean(gaps))), "holds zero"),
+        (paired_by(lambda gaps: (0, min(gaps), max(gaps))), "holds zero"),
+        (
+            paired_by(lambda gaps: (0, np.mean(gaps) - 1.96 * erred(gaps), np.mean(gaps) + 1.96 * erred(gaps))),
+            "Student",
+        ),
+        (paired_by(lambda gaps: stats.mean_interval(gaps, 0.9)), "both sides"),
+        (paired_by(turn=-1), "turned round"),
+        (paired_by(seeds=lambda a, b: sorted({*a, *b})), "it should be"),
+        (paired_by(lambda gaps: (0, gaps[0], gaps[0]), least=1), "it should be"),
+        (lambda a, b: "equal", "expected one of"),
+        (lambda a, b: "higher", "expected one of"),
+        (lambda a, b: "cannot be separated", "what a seed does to both arms cancels"),
+    ],
+    "check_confounds": [
+        (confounded("scale"), "scale differs, and is not in the answer"),
+        (confounded("alpha"), "alpha differs, and is not in the answer"),
+        (confounded(scale=lambda run: run["alpha"]), "it is alpha / rank of each run"),
+        (confounded(rates=lambda run: run["lr"]), "how many learning rates were tried, not which"),
+        (confounded("rates"), "rates differs, and is not in the answer"),
+        (confounded(epochs=lambda run: run["steps"] / run["n"]), "steps * batch_size / n"),
+        (confounded(epochs=lambda run: run["steps"]), "steps * batch_size / n"),
+        (confounded(epochs=lambda run: run["steps"] * run["batch_size"]), "steps * batch_size / n"),
+        (confounded("seeds"), "which seeds there are"),
+        (lambda a, b: SOLVED["check_confounds"](a[:1], b[:1]), "rates differs, and is not in the answer"),
+        (lambda a, b: SOLVED["check_confounds"](a, b)[::-1], "a sorted list"),
+        (lambda a, b: SOLVED["check_confounds"](a, b) * 2, "each once"),
+        (lambda a, b: [*SOLVED["check_confounds"](a, b), "rank"], "expected names out of"),
+        (lambda a, b: ",".join(SOLVED["check_confounds"](a, b)), "expected a list of names"),
+        (lambda a, b: [], "is not in the answer"),
+    ],
+    "check_design": [
+        (designed(lambda fit: range(max(3, int(fit)))), "expected a ValueError"),
+        (designed(lambda fit: range(int(fit))), "three are needed"),
+        (designed(lambda fit: range(int(np.ceil(fit)))), "round down"),
+        (designed(lambda fit: range(int(fit) - 1)), "one more fits"),
+        (designed(lambda fit: range(1, int(fit) + 1)), "seeds should be 0 to"),
+        (designed(lambda fit: [int(fit)]), "a number is one seed"),
+        (designed(seed=5), "a number is one seed"),
+        (designed(lambda fit: range(int(12 * fit))), "ranks times alphas times rates"),
+        (designed(lambda fit: range(3)), "seeds should be 0 to"),
+        (designed(alpha="2r"), "alpha should be all that was given"),
+        (designed(lr=[1e-3]), "lr should be all that was given"),
+        (designed(steps=[300]), "expected exactly rank, alpha, lr and seed"),
+        (lambda *inputs: [SOLVED["check_design"](*inputs)], "expected a grid"),
     ],
 }
 EACH_MISTAKE = [(check, *mistake) for check, mistakes in MISTAKES.items() for mistake in mistakes]

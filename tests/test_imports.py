@@ -21,7 +21,16 @@ ORDER = [  # from the ground up
     *("models", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
     *("ablate", "recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
-    *("answers", "checks_lowrank", "checks_lora", "checks_sft", "checks_qlora", "checks_dora", "checks"),
+    *(
+        "answers",
+        "checks_lowrank",
+        "checks_lora",
+        "checks_sft",
+        "checks_qlora",
+        "checks_dora",
+        "checks_ablation",
+        "checks",
+    ),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
 ]
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
