@@ -174,7 +174,7 @@ def check_confounds(confounds: Any) -> None:
         require(isinstance(got, list | tuple | set), on, "expected a list of names")
         got = list(map(str, got))
         strange = sorted(set(got) - set(NAMES))
-        require(not strange, on, f"expected names out of {', '.join(NAMES)}, got {', '.join(strange)}")
+        require(not strange, on, f"expected names out of {', '.join(NAMES)}, got {strange}")
         for name in NAMES:
             require(name in got or name not in want, on, f"{name} differs, and is not in the answer: {_WHY[name]}")
             require(name in want or name not in got, on, f"{name} does not differ: {_WHY[name]}")
@@ -211,7 +211,6 @@ def _confounded() -> list[tuple[str, list[dict], list[dict], set[str]]]:
         ("one alpha, half the batch", small, arm(batch_size=4), {"scale", "epochs"}),
         ("one alpha, other seeds", small, arm(seeds=(2, 3)), {"scale", "seeds"}),
         ("one alpha, seeds in another order", small, arm(seeds=(1, 0))[::-1], {"scale"}),
-        ("one alpha, one more seed", small, arm(seeds=(0, 1, 2)), {"scale", "seeds"}),
         ("one alpha, a longer last run", small, [*arm()[:-1], arm(steps=300)[-1]], {"scale", "steps", "epochs"}),
         ("both alphas in both arms", small + arm(rank=4, alpha=32), arm() + arm(alpha=32), {"scale"}),
         ("alpha and scale both different", small, arm(alpha=64), {"alpha", "scale"}),
@@ -237,7 +236,7 @@ def check_design(design: Any) -> None:
         for name, values in wanted.items():
             given = list(grid[name]) if isinstance(grid[name], list | tuple | range) else [grid[name]]
             if name != "seed":
-                require(sorted(map(str, given)) == sorted(map(str, values)), on, f"{name} should be all that was given")
+                require({*map(str, given)} == {*map(str, values)}, on, f"{name} should be all that was given")
                 continue
             hints = {
                 "a number is one seed: a list of them is needed": given == [fit],
