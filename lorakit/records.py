@@ -110,7 +110,7 @@ def frame(folder: str | os.PathLike, settings: Iterable[Settings] | None = None)
         paths = [record_path(folder, setting) for setting in settings]
     records = [record for record in map(read_record, paths) if record is not None]
     rows = [r["settings"] | r["result"] | {"seconds": r["seconds"], "error": r["error"]} for r in records]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else ["seconds", "error"])
 
 
 def record_path(folder: str | os.PathLike, setting: Settings) -> Path:

@@ -195,6 +195,10 @@ def test_the_command_makes_a_plan_and_says_what_it_costs(tmp_path, capsys, monke
     assert load_plan(plan).settings[2] == {"x": 3, "seed": 1}
 
 
+def test_a_folder_without_records_is_an_empty_frame(tmp_path):
+    assert (frame(tmp_path / "nothing").error == "").all()
+
+
 def test_several_plans_are_made_anew_elsewhere_at_a_known_cost(tmp_path, capsys):
     grids = {"a": "{x: [1, 2, 3]}", "b": "{x: 4, seed: [0, 1]}"}
     (tmp_path / "runs.py").write_text(RUNS)
