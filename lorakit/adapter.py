@@ -172,8 +172,8 @@ def _settings(tensors: dict[str, Tensor], config: dict, bases: dict[str, nn.Modu
         )
     settings = {}
     for name in (name for name in bases if name in found):
-        rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
-        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        rank = pattern_value(config.get("rank_pattern"), name, config.get("r"))
+        alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
         if type(rank) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise AdapterError(f"expected an integer r and a finite lora_alpha, got {rank!r} and {alpha!r}")
         d_out, d_in = linear_shape(bases[name])
@@ -203,6 +203,6 @@ def _is_targeted(name: str, config: dict[str, Any]) -> bool:
     return match is not None and int(match[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
-def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first pattern that the layer's name, or its last parts, match (PEFT's `get_pattern_key`)."""
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)

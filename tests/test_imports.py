@@ -16,7 +16,7 @@ ORDER = [  # from the ground up
     *("progress", "files", "manifest", "libraries", "machine", "memory", "attention"),
     *("repacking", "fused", "lowrank", "lora", "gated", "norms", "lean", "stack", "dora", "pissa", "loraplus", "nf4"),
     *("inject", "fold", "quantized"),
-    *("adapter_files", "adapter", "arithmetic"),
+    *("adapter_files", "adapter", "updates", "arithmetic"),
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
     *("models", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
