@@ -41,6 +41,20 @@ def _fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help="a short name, a local folder, or a hub id")
+    parser.add_argument("adapter", type=Path, help="a folder with LoRA, rsLoRA or DoRA, lorakit's or PEFT's")
+    parser.add_argument("--out", type=Path, required=True, help="the new folder for the plain model")
+    parser.add_argument("--dtype", default="auto", help="auto (the base's own), float32, bfloat16 or float16")
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from lorakit.export import export_merged
+
+    print(export_merged(args.base, args.adapter, args.out, args.dtype))
+    return 0
+
+
 def _declare_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where to write, such as data/sql")
 
@@ -188,6 +202,7 @@ def _sweep(args: argparse.Namespace) -> int:
 COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
+    "merge": Command("merge an adapter into its base, check it, save a plain model", _declare_merge, _merge),
     "budget": Command("what a training step needs, from a model's config alone", _declare_budget, _budget),
     "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
     "pretrain": Command("make the tiny base model from nothing, about two minutes", _declare_pretrain, _pretrain),

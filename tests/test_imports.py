@@ -18,7 +18,7 @@ ORDER = [  # from the ground up
     *("inject", "fold", "quantized"),
     *("adapter_files", "adapter", "updates", "arithmetic"),
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
-    *("models", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
+    *("models", "export", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
     *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
     *("ablate", "recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
     *(

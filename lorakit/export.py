@@ -1,0 +1,111 @@
+"""A base and an adapter become one plain model in a folder, checked before it gets its name."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.adapter import load_adapter
+from lorakit.inject import merge
+from lorakit.libraries import quiet
+from lorakit.models import load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NEAR = 1e-3  # nats a token: below this two models give the same answers but for ties
+SHARE = 0.1  # of the adapter's own effect that rounding may cost
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A merged model in a folder, and how near it is to the unmerged one, in nats a token (Kullback-Leibler)."""
+
+    folder: Path
+    dtype: torch.dtype
+    effect: float  # of the adapter: from the unmerged model to the base
+    error: float  # of merging and rounding: from the unmerged model to the folder's
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.folder}: {kind}, KL to the unmerged model {self.error:.1e} (to the base {self.effect:.1e})"
+
+
+@torch.no_grad()
+def export_merged(
+    base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto"
+) -> Exported:
+    """Merges a saved adapter into its base and saves the plain model with its tokenizer, for any transformers.
+
+    The sum W + s B A is made in float32 and rounded once. The folder is written under another name, loaded again, and
+    compared with the unmerged model on random tokens; only then it gets its name.
+
+    Args:
+        base: as for `load_model`.
+        adapter: a folder with LoRA, rsLoRA or DoRA, as for `load_adapter`.
+        out: the new folder; its parents are made.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the base's own.
+
+    Raises:
+        FileExistsError: there is something at `out`; it stays as it is.
+        FileNotFoundError, AdapterError: no base or adapter, or they do not fit.
+        ValueError: another dtype, or the merged model is not the unmerged one's equal: what it loses is more than
+            0.001 nats a token and more than a tenth of what the adapter does. Nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"expected a new folder, got {str(out)!r}, which exists")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"expected dtype auto, {', '.join(DTYPES)}, got {dtype!r}")
+    model, tokenizer = load_model(base)
+    chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
+    probe = torch.randint(
+        model.config.get_text_config().vocab_size, (4, 32), generator=torch.Generator().manual_seed(0)
+    )
+    plain = _log_probabilities(model, probe)
+    load_adapter(model, adapter)
+    unmerged = _log_probabilities(model, probe)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _save(merge(model).to(chosen), tokenizer, draft)
+        del model
+        merged = _log_probabilities(load_model(draft, chosen)[0], probe)
+        found = Exported(out, chosen, _divergence(unmerged, plain), _divergence(unmerged, merged))
+        if not found.error <= max(NEAR, SHARE * found.effect):
+            raise ValueError(f"expected the unmerged model's answers, got others: {found}; nothing was saved")
+        draft.chmod(0o755)
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return found
+
+
+def _own_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the base's files have, by its config, read anew: loading has overwritten it in the model."""
+    from transformers import AutoConfig
+
+    with quiet():
+        own = getattr(AutoConfig.from_pretrained(model.config._name_or_path), "dtype", None)
+    return own if own in DTYPES.values() else torch.float32
+
+
+def _log_probabilities(model: nn.Module, tokens: Tensor) -> Float[Tensor, "batch tokens vocabulary"]:
+    with quiet():
+        return F.log_softmax(model.eval()(input_ids=tokens).logits.float(), dim=-1)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """KL(p || q), the mean over tokens, in nats."""
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
