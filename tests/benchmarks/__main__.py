@@ -54,6 +54,7 @@ ROWS = {  # what stands in the README: the comparison, the arm
     "memory that a DoRA step adds, bfloat16": ("memory a DoRA step adds, bfloat16", "lorakit"),
     "a step of one DoRA layer, float32": ("step of one DoRA layer", "lorakit"),
     "memory that it adds": ("memory that a step of one DoRA layer adds", "lorakit"),
+    "two adapters added and cut to rank 16, 4096 wide, against PEFT's svd": ("two adapters to rank 16", "lorakit"),
 }
 
 

@@ -14,6 +14,7 @@ from paired import Comparison, alternate, rounds_from, seconds
 
 import lorakit
 from lorakit import nf4
+from lorakit.arithmetic import compress, linear
 from lorakit.batch import collate
 from lorakit.facts import encoded, facts
 from lorakit.lean import lean
@@ -27,6 +28,7 @@ from lorakit.quantized import quantize_model
 from lorakit.records import expand
 from lorakit.repacking import prevent_repacking
 from lorakit.sweep import sweep
+from lorakit.updates import Update
 
 with quiet():
     import bitsandbytes
@@ -363,6 +365,33 @@ def four_bits():
     return found
 
 
+def arithmetic():
+    """Two adapters of rank 16 of one 4096 x 4096 layer, added and cut to rank 16; the error is to the exact sum."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
+    with quiet():
+        theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4096, 4096, bias=False)), config, "a")
+        theirs.add_adapter("b", config)
+    layer = theirs.base_model.model[0]
+    own = [{"0": Update(2 * layer.lora_B[name].weight, layer.lora_A[name].weight)} for name in "ab"]
+    want, results = 0.7 * layer.get_delta_weight("a") + 0.3 * layer.get_delta_weight("b"), {}
+
+    def peft_svd():
+        if "c" in theirs.peft_config:
+            theirs.delete_adapter("c")
+        theirs.add_weighted_adapter(["a", "b"], [0.7, 0.3], "c", combination_type="svd", svd_rank=16)
+        results["PEFT's svd"] = layer.get_delta_weight("c")
+
+    def compressed():
+        results["lorakit"] = compress(linear(own, [0.7, 0.3]), 16)["0"].matrix
+
+    with torch.no_grad():
+        found = alternate({"PEFT's svd": peft_svd, "lorakit": compressed}, rounds_from(3)).record()
+        for arm, got in results.items():
+            found["arms"][arm]["error"] = ((got - want).norm() / want.norm()).item()
+    return {"two adapters to rank 16": found}
+
+
 def repeated(arms, times=20):
     """Each round of an arm is so many calls: one takes less than a millisecond."""
     return alternate(
@@ -404,5 +433,6 @@ def qlora():
 
 
 CASES = {
-    f.__name__: f for f in (step, memory, gradients, floor, many, sweeping, files, four_bits, qlora, dora, training)
+    f.__name__: f
+    for f in (step, memory, gradients, floor, many, sweeping, files, four_bits, qlora, dora, arithmetic, training)
 }
