@@ -75,7 +75,8 @@ def table(results: dict) -> str:
         if name in results["found"]:
             each = results["found"][name]["arms"][arm]
             low, high = each["ratio_range"]
-            lines.append(f"| {label} | {each['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
+            digits = 2 if each["ratio"] > 0.095 else 4
+            lines.append(f"| {label} | {each['ratio']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}) |")
     found, where = results["found"], results["circumstances"]
     notes = []
     if "whole SQL training" in found:
