@@ -8,11 +8,11 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from lorakit.adapter import load_adapter
+from lorakit.batch import Example
+from lorakit.divergence import kl_divergence, log_probabilities
 from lorakit.inject import merge
 from lorakit.libraries import quiet
 from lorakit.models import load_model
@@ -64,19 +64,17 @@ def export_merged(
         raise ValueError(f"expected dtype auto, {', '.join(DTYPES)}, got {dtype!r}")
     model, tokenizer = load_model(base)
     chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
-    probe = torch.randint(
-        model.config.get_text_config().vocab_size, (4, 32), generator=torch.Generator().manual_seed(0)
-    )
-    plain = _log_probabilities(model, probe)
+    probe = _probe(model)
+    plain = log_probabilities(model, probe)
     load_adapter(model, adapter)
-    unmerged = _log_probabilities(model, probe)
+    unmerged = log_probabilities(model, probe)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _save(merge(model).to(chosen), tokenizer, draft)
         del model
-        merged = _log_probabilities(load_model(draft, chosen)[0], probe)
-        found = Exported(out, chosen, _divergence(unmerged, plain), _divergence(unmerged, merged))
+        merged = log_probabilities(load_model(draft, chosen)[0], probe)
+        found = Exported(out, chosen, kl_divergence(unmerged, plain), kl_divergence(unmerged, merged))
         if not found.error <= max(NEAR, SHARE * found.effect):
             raise ValueError(f"expected the unmerged model's answers, got others: {found}; nothing was saved")
         draft.chmod(0o755)
@@ -95,14 +93,11 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
     return own if own in DTYPES.values() else torch.float32
 
 
-def _log_probabilities(model: nn.Module, tokens: Tensor) -> Float[Tensor, "batch tokens vocabulary"]:
-    with quiet():
-        return F.log_softmax(model.eval()(input_ids=tokens).logits.float(), dim=-1)
-
-
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """KL(p || q), the mean over tokens, in nats."""
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
+def _probe(model: nn.Module) -> list[Example]:
+    """Random tokens, each of which is to be predicted; the same for every model with that vocabulary."""
+    size = model.config.get_text_config().vocab_size
+    rows = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Example(row, row) for row in rows]
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -18,8 +18,9 @@ ORDER = [  # from the ground up
     *("inject", "fold", "quantized"),
     *("adapter_files", "adapter", "updates", "arithmetic"),
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
-    *("models", "export", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
-    *("batch", "below", "loss", "train", "plain", "many", "generate", "facts", "pretrain"),
+    *("models", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
+    *("batch", "below", "loss", "divergence", "export", "train", "plain", "many", "generate"),
+    *("facts", "extract", "pretrain"),
     *("ablate", "recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
     *(
         "answers",
