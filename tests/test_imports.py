@@ -19,7 +19,7 @@ ORDER = [  # from the ground up
     *("adapter_files", "adapter", "updates", "arithmetic"),
     *("fetch", "configs", "ledger", "rehearsal", "budget"),
     *("models", "sqlrun", "sqlwords", "sqlharder", "sqlmake", "sqllevels", "sqlfiles", "sql"),
-    *("batch", "below", "loss", "divergence", "export", "train", "plain", "many", "generate"),
+    *("batch", "below", "loss", "divergence", "export", "gguffile", "train", "plain", "many", "generate"),
     *("facts", "extract", "pretrain"),
     *("ablate", "recorded", "records", "sweep", "plan", "stats", "intrinsic", "intrinsic_card", "plots"),
     *(
