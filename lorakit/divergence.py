@@ -33,10 +33,10 @@ def log_probabilities(
 
 
 def kl_divergence(p: Float[Tensor, "labelled vocab"], q: Float[Tensor, "labelled vocab"]) -> float:
-    """KL(p || q) = sum p (log p - log q), in nats a token: zero for the same predictions, never below but for rounding.
+    """KL(p || q) = sum p (log p - log q), in nats a token: zero for the same predictions, never below.
 
     Args:
         p: log-probabilities of the model that is right by definition.
         q: those of the model that is compared with it, at the same tokens.
     """
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
+    return max(0.0, F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item())  # rounding may go below

@@ -77,6 +77,8 @@ def export_merged(
         found = Exported(out, chosen, kl_divergence(unmerged, plain), kl_divergence(unmerged, merged))
         if not found.error <= max(NEAR, SHARE * found.effect):
             raise ValueError(f"expected the unmerged model's answers, got others: {found}; nothing was saved")
+        for file in draft.iterdir():
+            file.chmod(0o644)  # safetensors are written for their owner alone
         draft.chmod(0o755)
         os.rename(draft, out)
     finally:

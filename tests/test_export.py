@@ -56,20 +56,40 @@ def test_the_sum_is_rounded_once_to_the_dtype(tmp_path, dtype):
     assert again.dtype == export.DTYPES[dtype]
 
 
-def test_plain_transformers_loads_it(tmp_path):
-    want = saved_adapter(tmp_path / "adapter")
-    export_merged("tiny", tmp_path / "adapter", tmp_path / "merged")
+def by_plain_transformers(folder, cwd):
+    """The most likely tokens after `TOKENS`, from a process that cannot import lorakit or peft."""
     script = f"""
 import sys
 sys.modules["lorakit"] = sys.modules["peft"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "merged")!r})
-AutoTokenizer.from_pretrained({str(tmp_path / "merged")!r})
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+AutoTokenizer.from_pretrained({str(folder)!r})
 print(model(input_ids=torch.arange(5, 29)[None]).logits.argmax(-1)[0].tolist())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert json.loads(done.stdout.splitlines()[-1]) == want.argmax(-1)[0].tolist()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=cwd)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_plain_transformers_loads_it(tmp_path):
+    want = saved_adapter(tmp_path / "adapter")
+    export_merged("tiny", tmp_path / "adapter", tmp_path / "merged")
+    assert by_plain_transformers(tmp_path / "merged", tmp_path) == want.argmax(-1)[0].tolist()
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "merged").iterdir()), "others may read it"
+
+
+@pytest.mark.slow
+def test_smollm2_from_end_to_end(tmp_path):
+    model, _ = lorakit.load_model("smollm2")
+    lorakit.inject(model, 8, 8)
+    for adapter in lorakit.adapters(model).values():
+        torch.nn.init.normal_(adapter.B, std=0.02)
+    lorakit.save_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        want = model(input_ids=TOKENS).logits.argmax(-1)[0].tolist()
+    assert cli.main(["merge", "smollm2", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    assert by_plain_transformers(tmp_path / "merged", tmp_path) == want
+    assert lorakit.load_model("smollm2")[0](input_ids=TOKENS).logits.argmax(-1)[0].tolist() != want
 
 
 def test_what_exists_is_not_touched(tmp_path):
