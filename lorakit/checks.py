@@ -18,16 +18,27 @@ from lorakit.checks_lowrank import (
     check_rank_for_energy,
     check_similarity,
 )
+from lorakit.checks_merging import (
+    check_add_adapters,
+    check_arrives,
+    check_best_weights,
+    check_compress,
+    check_swallowed,
+)
 from lorakit.checks_qlora import check_codebook, check_four_bits, check_round_trip, check_step, check_storage
 from lorakit.checks_sft import check_compare, check_is_active, check_mask, check_matches, check_modern
 
 __all__ = [
     "CheckFailed",
+    "check_add_adapters",
     "check_allocate",
+    "check_arrives",
     "check_balance",
     "check_best_approximation",
+    "check_best_weights",
     "check_codebook",
     "check_compare",
+    "check_compress",
     "check_confounds",
     "check_control",
     "check_count",
@@ -52,6 +63,7 @@ __all__ = [
     "check_similarity",
     "check_step",
     "check_storage",
+    "check_swallowed",
     "check_swap",
     "check_tradeoff",
     "check_verdict",

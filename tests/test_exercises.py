@@ -624,6 +624,58 @@ def designed(seeds=None, **changed):
     return design
 
 
+def side_by_side(adapters, weights, scale_of):
+    """`add_adapters` with another factor for B."""
+    A = torch.cat([A for A, _, _ in adapters])
+    return A, torch.cat([scale_of(s, w) * B for (_, B, s), w in zip(adapters, weights, strict=True)], dim=1)
+
+
+def reweighted(A, B, rank, change):
+    """`compress` with other singular values."""
+    Q, R = torch.linalg.qr(B)
+    P, T = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R @ T.T)
+    rank = min(rank, len(S))
+    return change(S[:rank, None]) * Vh[:rank] @ P.T, Q @ U[:, :rank]
+
+
+def cut_whole(A, B, rank):
+    """`compress` by the whole matrix, which a randomised SVD makes quick."""
+    U, S, V = torch.svd_lowrank(B @ A, q=len(A) + 4, niter=6)
+    return S[:rank, None] * V.T[:rank], U[:, :rank]
+
+
+def flat(updates):
+    return torch.stack([(B @ A).flatten() for A, B in updates])
+
+
+def inners(left, right):
+    return flat(left) @ flat(right).T
+
+
+def cosines_with(updates, target):
+    return inners(updates, [target])[:, 0] / flat(updates).norm(dim=1) / flat([target]).norm()
+
+
+def solved_with_cosines(updates, target):
+    long = flat(updates).norm(dim=1)
+    return torch.linalg.solve(inners(updates, updates) / long / long[:, None], inners(updates, [target])[:, 0])
+
+
+def normalised(w):
+    return w / w.sum()
+
+
+def nf4_rounded(x):
+    return nf4.dequantize(*nf4.quantize(x), tuple(x.shape))
+
+
+def arrived(W, D, start=nf4_rounded, size=lambda change, D: (change * D).sum() / D.square().sum()):
+    """`arrives` with another start, or another measure."""
+    served = nf4_rounded(nf4_rounded(W) + D), nf4_rounded(W + D)
+    return tuple(size(each - start(W), D).item() for each in served)
+
+
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
     "check_largest_rank": [
         (lambda d_out, d_in: d_in // 2, "exactly as many numbers as the matrix"),
@@ -1118,6 +1170,69 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (traded(rule=overlapping), "two intervals overlap"),
         (traded(rule=lambda a, b: "equal"), "should be"),
         (lambda arms: (SOLVED["check_tradeoff"](arms)[0], {}), "one entry for each arm but the first"),
+    ],
+    "check_swallowed": [
+        (lambda W, D: ((W.float() + D).to(W.dtype) == W).float().mean().item(), "counts weights that have no update"),
+        (lambda W, D: (((W.float() + D).to(W.dtype) == W) & (D != 0)).float().mean().item(), "share of all weights"),
+        (lambda W, D: 1 - SOLVED["check_swallowed"](W, D), "the share that moves"),
+        (lambda W, D: (W.float() + D == W.float())[D != 0].float().mean().item(), "compares in float32"),
+        (lambda W, D: (W + D.to(W.dtype) == W)[D != 0].float().mean().item(), "rounds twice"),
+        (lambda W, D: 100 * SOLVED["check_swallowed"](W, D), "the share should be 0.46125, got 46.125"),
+        (lambda W, D: torch.allclose((W.float() + D).to(W.dtype), W), "the share"),
+    ],
+    "check_add_adapters": [
+        (lambda each, w: side_by_side(each, w, lambda s, w: w), "leaves the adapters' scales out"),
+        (lambda each, w: side_by_side(each, w, lambda s, w: s), "leaves the weights out"),
+        (lambda each, w: side_by_side(each, w, lambda s, w: s * s * w), "has the scales squared"),
+        (
+            lambda each, w: side_by_side(each, w, lambda s, w: s * w * w),
+            "has the weights squared",
+        ),
+        (lambda each, w: side_by_side(each, w, lambda s, w: s * abs(w)), "without the signs"),
+        (
+            lambda each, w: (
+                sum(A for A, _, _ in each),
+                sum(x * s * B for (_, B, s), x in zip(each, w, strict=True)),
+            ),
+            "has cross terms",
+        ),
+        (lambda each, w: side_by_side(each, w, lambda s, w: s * w)[::-1], "expected A (rank, 7)"),
+        (
+            lambda each, w: (
+                torch.eye(7, dtype=torch.float64),
+                sum(x * s * B.double() @ A.double() for (A, B, s), x in zip(each, w, strict=True)),
+            ),
+            "expected the ranks to add up",
+        ),
+        (lambda each, w: torch.cat([A for A, _, _ in each]), "expected `return A, B`"),
+    ],
+    "check_compress": [
+        (lambda A, B, rank: (A[:rank].clone(), B[:, :rank].clone()), "keeps the first columns"),
+        (lambda A, B, rank: reweighted(A, B, rank, torch.ones_like), "without the singular values"),
+        (lambda A, B, rank: reweighted(A, B, rank, torch.square), "has the singular values twice"),
+        (lambda A, B, rank: reweighted(A, B, rank, torch.sqrt), "has the roots of the singular values"),
+        (lambda A, B, rank: cut_whole(A, B, min(rank, len(A))), "B A is not needed"),
+        (lambda A, B, rank: (A, B), "expected A (5, 1300)"),
+        (lambda A, B, rank: SOLVED["check_compress"](A, B, rank)[::-1], "expected A (5, 1300)"),
+        (lambda A, B, rank: SOLVED["check_compress"](A, B, max(1, rank - 1)), "expected A"),
+    ],
+    "check_best_weights": [
+        (lambda each, target: inners(each, each).diagonal() ** -1 * inners(each, [target])[:, 0], "as orthogonal"),
+        (lambda each, target: inners(each, [target])[:, 0], "still have to be solved for"),
+        (lambda each, target: inners(each, each) @ inners(each, [target])[:, 0], "turned round"),
+        (lambda each, target: cosines_with(each, target), "the cosines with the target"),
+        (lambda each, target: solved_with_cosines(each, target), "has cosines in G"),
+        (lambda each, target: normalised(SOLVED["check_best_weights"](each, target)), "adds up to one"),
+        (lambda each, target: SOLVED["check_best_weights"](each, target)[:, None], "should have shape"),
+    ],
+    "check_arrives": [
+        (lambda W, D: SOLVED["check_arrives"](W, D)[::-1], "in the other order"),
+        (lambda W, D: arrived(W, D, start=lambda W: W), "is measured from W"),
+        (lambda W, D: arrived(W, D, size=lambda c, D: c.norm() / D.norm()), "a ratio of norms"),
+        (lambda W, D: arrived(W, D, size=lambda c, D: (c * D).sum() / c.norm() / D.norm()), "is a cosine"),
+        (lambda W, D: arrived(W, D, size=lambda c, D: (c != 0).float().mean()), "values that change"),
+        (lambda W, D: (SOLVED["check_arrives"](W, D)[0],) * 2, "not to the original"),
+        (lambda W, D: SOLVED["check_arrives"](W, D)[0], "expected `return requantised, original`"),
     ],
     "check_seeds_needed": [
         (enough(lambda n: 1.959964 / n**0.5), "has z = 1.96"),

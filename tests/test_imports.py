@@ -30,6 +30,7 @@ ORDER = [  # from the ground up
         "checks_qlora",
         "checks_dora",
         "checks_ablation",
+        "checks_merging",
         "checks",
     ),
     *("outputs", "exercises", "execute", "lessons", "doctor", "cli"),
