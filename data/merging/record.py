@@ -61,14 +61,15 @@ def right(model, skill, split="test"):
     return sum(exact) + sum(execution_accuracy(rest, answers))
 
 
-def trained(skills, base, seed, lr, steps=STEPS):
-    """The folder of an adapter, trained if need be: on float32 or on NF4 weights."""
-    folder = ADAPTERS / f"{'-'.join(skills)}-{base}-{seed}-{lr:g}-{steps}"
+def trained(skills, base, seed, lr, steps=STEPS, same_start=False):
+    """The folder of an adapter, trained if need be: on float32 or NF4 weights, from its skill's own start or SQL's."""
+    start = seed if same_start or skills[0] == "sql" else seed + 100
+    folder = ADAPTERS / f"{'-'.join(skills)}-{base}-{seed}-{start}-{lr:g}-{steps}"
     if not folder.exists():
         model = lorakit.load_model("smollm2")[0]
         if base == "NF4":
             lorakit.quantize_model(model)
-        torch.manual_seed(seed + 100 * (skills[0] == "extract"))  # two skills share no start
+        torch.manual_seed(start)
         lorakit.inject(model, RANK, ALPHA)
         examples = [each for skill in skills for each in encoded(items(skill, "train"))]
         lorakit.fit(model, examples, steps=steps, batch_size=BATCH, lr=lr, seed=seed, show=False)
@@ -82,8 +83,8 @@ def best(skill):
     return max(runs, key=lambda made: made["right"])["lr"]
 
 
-def updates(skill, seed):
-    return read_updates(trained([skill], "float32", seed, best(skill)))
+def updates(skill, seed, same_start=False):
+    return read_updates(trained([skill], "float32", seed, best(skill), same_start=same_start))
 
 
 def scored(changes):
@@ -160,13 +161,15 @@ def combined(study, method, weight, density, seed):
         return scored({}) | {"items": ITEMS}
     if method == "trained together":
         return scored(read_updates(trained(SKILLS, "float32", seed, best("sql"), 2 * STEPS))) | {"items": ITEMS}
-    parts, weights = [updates(skill, seed) for skill in SKILLS], [weight, weight]
+    parts = [updates(skill, seed, same_start=method == "sum, same start") for skill in SKILLS]
+    weights = [weight, weight]
     made = {
         "sql alone": lambda: parts[0],
         "extract alone": lambda: parts[1],
         "sql + random": lambda: linear([parts[0], of_equal_norm(parts[1], seed)], [1, 1]),
         "extract + random": lambda: linear([parts[1], of_equal_norm(parts[0], seed)], [1, 1]),
         "sum": lambda: linear(parts, weights),
+        "sum, same start": lambda: linear(parts, weights),
         "sum, uneven": lambda: linear(parts, [1, weight]),
         "sum, compressed": lambda: compress(linear(parts, weights), RANK),
         "factors added": lambda: factors_added(parts, weights),
@@ -183,7 +186,7 @@ def grids():
     plain = ("base", "sql alone", "extract alone", "sql + random", "extract + random", "trained together")
     methods = [(method, 1.0, 1.0) for method in plain]
     for weight in (0.5, 0.75, 1.0):
-        methods += [(method, weight, 1.0) for method in ("sum", "sum, compressed", "factors added")]
+        methods += [(m, weight, 1.0) for m in ("sum", "sum, compressed", "factors added", "sum, same start")]
         methods += [("sum, uneven", weight / 2, 1.0)]
         methods += [("DARE", weight, 0.3), ("TIES", 2 * weight, 0.3)]
     methods += [("extract - sql", weight, 1.0) for weight in (0.5, 1.0)]
