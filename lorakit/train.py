@@ -76,6 +76,7 @@ def fit(
     clip: float = 1.0,
     loraplus_ratio: float = 1.0,
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    after_step: Callable[[int], object] | None = None,
     seed: int = 0,
     show: bool = True,
 ) -> History:
@@ -93,6 +94,8 @@ def fit(
         loraplus_ratio: rate of every adapter's B, as a multiple of `lr` (LoRA+, see `loraplus_groups`); 1 for LoRA.
         optimizer: called with the parameter groups, each with its `lr`, such as `torch.optim.SGD`; it sets its own
             weight decay. None for torch's AdamW.
+        after_step: called with the number of steps done after each one, such as to save a checkpoint; what it raises
+            ends the training.
         seed: of the data's order and of dropout; the global random state is left as it was.
         show: draw a progress bar.
 
@@ -105,7 +108,7 @@ def fit(
     """
     groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
     run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
-    train(model, [run], steps, batch_size, warmup, weight_decay, clip, show, optimizer)
+    train(model, [run], steps, batch_size, warmup, weight_decay, clip, show, optimizer, after_step)
     if run.error:
         raise FloatingPointError(run.error)
     return run.history
@@ -121,6 +124,7 @@ def train(
     clip: float,
     show: bool,
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    after_step: Callable[[int], object] | None = None,
 ) -> None:
     """Does the trainings of `runs` in one loop, as `fit` does one: each has its part of the batch, in their order.
 
@@ -173,6 +177,8 @@ def train(
                 going = [run.history.loss[-1] for run in runs if not run.error]
                 if not going:
                     break
+                if after_step:
+                    after_step(step + 1)
                 progress.update(1, f"loss {sum(going) / len(going):.3f}")
     finally:
         model.zero_grad(set_to_none=True)

@@ -9,7 +9,18 @@ from test_inject import snapshot, unchanged
 from test_peft_parity import peft_model
 from transformers import get_linear_schedule_with_warmup
 
-from lorakit import Example, encode, exact_match, fit, greedy, inject, loraplus_groups
+from lorakit import (
+    Example,
+    encode,
+    exact_match,
+    fit,
+    greedy,
+    inject,
+    load_adapter,
+    loraplus_groups,
+    remove,
+    save_adapter,
+)
 from lorakit.batch import IGNORE, collate
 from lorakit.inject import adapters
 from lorakit.libraries import quiet
@@ -171,6 +182,44 @@ def test_fit_takes_another_optimizer():
     fit(model, texts, **settings, optimizer=lambda groups: torch.optim.SGD(groups, momentum=0.9))
     for mine, yours in zip(adapters(model).values(), adapters(expected).values(), strict=True):
         torch.testing.assert_close(mine.B, -0.5 * yours.B.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_checkpoints_are_saved_on_the_way(tmp_path):
+    def train(after_step):
+        model = build("llama")
+        torch.manual_seed(0)
+        inject(model, 2, 4)
+        fit(model, examples(), steps=4, after_step=after_step and after_step(model), show=False)
+        return model
+
+    seen = []
+
+    def saving(model):
+        def save(step):
+            seen.append(step)
+            save_adapter(model, tmp_path / str(step))
+
+        return save
+
+    model, plain = train(saving), train(None)
+    assert seen == [1, 2, 3, 4]
+    assert unchanged(model, snapshot(plain)), "saving changes nothing"
+    again = build("llama")
+    load_adapter(again, tmp_path / "4")
+    assert unchanged(again, snapshot(model))
+    remove(again)
+    load_adapter(again, tmp_path / "2")
+    assert not unchanged(again, snapshot(model))
+
+    def stopping(model):
+        def stop(step):
+            if step == 2:
+                raise RuntimeError("enough")
+
+        return stop
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(stopping)
 
 
 def test_loraplus_groups_are_those_of_peft():
