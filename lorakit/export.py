@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -68,6 +69,7 @@ def export_merged(
     plain = log_probabilities(model, probe)
     load_adapter(model, adapter)
     unmerged = log_probabilities(model, probe)
+    made = [parent for parent in out.parents if not parent.exists()]  # from the inside out
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -83,6 +85,10 @@ def export_merged(
         os.rename(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if not out.exists():
+            for parent in made:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
     return found
 
 

@@ -46,7 +46,9 @@ def lora_linear(
     Returns:
         y in x's dtype.
     """
-    return _LoRALinear.apply(x, A, B, weight, bias, scale)
+    if torch.is_grad_enabled():
+        return _LoRALinear.apply(x, A, B, weight, bias, scale)
+    return _forward(x, A, B, weight, bias, scale)[0]
 
 
 def frozen_linear(
@@ -54,6 +56,15 @@ def frozen_linear(
 ) -> Float[Tensor, "*batch d_out"]:
     """Computes `x W' + b` for a frozen W that is made whenever it is needed, with a gradient for x alone."""
     return _FrozenLinear.apply(x, weight, bias)
+
+
+def _forward(x, A, B, weight, bias, scale):
+    """y, and what the backward pass needs: A and B in x's dtype, x A', and W."""
+    W, flat = weight() if callable(weight) else weight, x.reshape(-1, x.shape[-1])  # (n, d_in)
+    a, b = A.to(x.dtype), B.to(x.dtype)
+    xa = flat @ a.T  # (n, rank)
+    y = F.linear(flat, W, bias).addmm_(xa, b.T, alpha=scale)  # (n, d_out)
+    return y.view(*x.shape[:-1], W.shape[0]), a, b, xa, W
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -70,13 +81,10 @@ class _FrozenLinear(torch.autograd.Function):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, weight, bias, scale):
-        W, flat = weight() if callable(weight) else weight, x.reshape(-1, x.shape[-1])  # (n, d_in)
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        xa = flat @ a.T  # (n, rank)
-        y = F.linear(flat, W, bias).addmm_(xa, b.T, alpha=scale)  # (n, d_out)
+        y, a, b, xa, W = _forward(x, A, B, weight, bias, scale)
         ctx.save_for_backward(x, A, B, a, b, xa, *([] if callable(weight) else [W]))
         ctx.weight, ctx.scale = weight if callable(weight) else None, scale
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx, dy):

@@ -115,7 +115,9 @@ def test_nothing_is_left_of_what_fails(tmp_path, monkeypatch):
     assert "expected dtype" in fails(dtype="int8")
     assert "no such folder" in fails(base=tmp_path / "no-base")
     assert "adapter_config.json" in fails(adapter=tmp_path / "no-adapter")
+    assert "adapter_config.json" in fails(adapter=tmp_path / "no-adapter", out=tmp_path / "new" / "deep" / "merged")
     monkeypatch.setattr(export, "merge", lorakit.remove)  # a merge that loses the adapter
+    assert "expected the unmerged" in fails(out=tmp_path / "new" / "deep" / "merged")
     assert "expected the unmerged model's answers, got others" in fails()
 
     def broken(model, tokenizer, folder):

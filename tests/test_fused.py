@@ -48,6 +48,18 @@ def test_it_is_the_formula(make, shape, rank, seed):
         torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_it_gives_the_same_bits_and_records_nothing(make, dtype):
+    layer, x = trained(make().to(dtype)), torch.randn(2, 4, 7, dtype=dtype)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.grad_fn is None
+    assert torch.equal(y, layer(x).detach())
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+
+
 def test_it_can_be_differentiated_twice():
     layer = trained(nn.Linear(4, 3).double(), 2)
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
