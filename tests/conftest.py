@@ -1,9 +1,20 @@
-"""Checks every lorakit signature at run time, and keeps libraries quiet and offline."""
+"""Checks every lorakit signature at run time; keeps libraries quiet and offline, and each test's environment its own."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 install_import_hook("lorakit", "typecheck.checker")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Takes back what a test has set: Dask's OMP_NUM_THREADS=1 would leave one core to all lessons that come after."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -19,6 +19,8 @@ from lorakit.sweep import sweep
 
 GRID = {"x": [1, 2, 3], "seed": range(2)}
 
+THREADS_AT_FIRST = os.environ.get("OMP_NUM_THREADS")
+
 
 def square(x, seed):
     return {"y": x * x + seed, "losses": [1.0, 0.5]}
@@ -348,3 +350,8 @@ def test_a_dask_cluster_whose_worker_is_killed(tmp_path):
         assert client.status == "running"
     assert found.y.tolist() == [x * x for x in range(20)]
     assert len(list(pids.glob("*.pid"))) >= 3  # two workers, and the one that came for the dead one
+
+
+@pytest.mark.slow
+def test_the_cluster_leaves_no_settings_for_the_tests_after_it():
+    assert os.environ.get("OMP_NUM_THREADS") == THREADS_AT_FIRST
