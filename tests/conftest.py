@@ -1,4 +1,4 @@
-"""Checks every lorakit signature at run time; keeps libraries quiet and offline, and each test's environment its own."""
+"""Checks lorakit's signatures at run time, keeps libraries quiet and offline, and each test's environment its own."""
 
 import os
 from collections.abc import Iterator
