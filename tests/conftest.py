@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 install_import_hook("lorakit", "typecheck.checker")
+settings.register_profile("lorakit", deadline=None)  # a busy machine is no failure
+settings.load_profile("lorakit")
 
 
 @pytest.fixture(autouse=True)

@@ -1488,7 +1488,7 @@ def test_committed_solutions_are_one_clean_run(path):
 def test_solutions_run(path, tmp_path):
     result = lessons.run_lesson(path, {}, tmp_path / path.name)
     assert not result.error
-    assert result.wall_seconds < 60
+    assert result.wall_seconds < 300
     fresh, committed = read(result.path), read(path)
     for new, old in zip(fresh.cells, committed.cells, strict=True):
         assert is_measured(old) or new.get("outputs") == old.get("outputs")
