@@ -38,7 +38,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 test: lint ## all tests: the package, the lessons with the smoke profile, and their committed outputs
 	@$(BIN)/python -m pytest tests $(LESSONS) --nbval --nbval-current-env --nbval-cell-timeout 1200
 
-quick: $(READY) ## the tests that need neither notebooks nor the base model: two minutes, or ten on a slow machine
+quick: $(READY) ## the tests that need neither notebooks nor the base model: ten minutes without AVX-512, less with it
 	@$(BIN)/python -m pytest tests -m "not slow"
 
 lint: $(READY) ## check style and format, notebooks included
