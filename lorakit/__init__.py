@@ -1,23 +1,25 @@
 """lorakit: LoRA from the formula up. Small, exact, tested layers, and the helpers that a fine-tuning needs."""
 
-from lorakit.adapter import load_adapter, save_adapter
-from lorakit.adapter_files import AdapterError
-from lorakit.batch import Example, encode
-from lorakit.budget import Budget, budget
-from lorakit.dora import DoRALinear
-from lorakit.fold import folded
-from lorakit.generate import exact_match, greedy
-from lorakit.inject import Count, adapters, count, find_targets, inject, merge, remove
-from lorakit.lora import LoRALinear
-from lorakit.loraplus import loraplus_groups
-from lorakit.many import Fitted, Spec, fit_many
-from lorakit.models import load_model
-from lorakit.nf4 import NF4Linear
-from lorakit.pissa import PiSSALinear, olora_start, pissa_start
-from lorakit.quantized import dequantize_model, quantize_model
-from lorakit.repacking import prevent_repacking
-from lorakit.sql import execution_accuracy, load_sql
-from lorakit.train import History, fit
+from lorakit.cost.budget import Budget, budget
+from lorakit.layers.bnb import prevent_repacking
+from lorakit.layers.dora import DoRALinear
+from lorakit.layers.lora import LoRALinear
+from lorakit.layers.nf4_linear import NF4Linear
+from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
+from lorakit.models.inject import Count, adapters, count, inject
+from lorakit.models.load import load_model
+from lorakit.models.merge import folded, merge, remove
+from lorakit.models.peft_files import AdapterError
+from lorakit.models.quantize import dequantize_model, quantize_model
+from lorakit.models.save_load import load_adapter, save_adapter
+from lorakit.models.targets import find_targets
+from lorakit.tasks.sql.task import execution_accuracy, load_sql
+from lorakit.training.batch import Example, encode
+from lorakit.training.evaluate import exact_match
+from lorakit.training.fit import History, fit
+from lorakit.training.fit_many import Fitted, Spec, fit_many
+from lorakit.training.generate import greedy
+from lorakit.training.optim import loraplus_groups
 
 __version__ = "0.1.0"
 __all__ = [

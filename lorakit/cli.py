@@ -22,7 +22,7 @@ def _declare_doctor(parser: argparse.ArgumentParser) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     import json
 
-    from lorakit import doctor
+    from lorakit.course import doctor
 
     report = doctor.examine()
     print(json.dumps(report, indent=2) if args.json else doctor.render(report))
@@ -35,9 +35,9 @@ def _declare_fetch(parser: argparse.ArgumentParser) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from lorakit import fetch
+    from lorakit.models.download import fetch_model
 
-    print(fetch.fetch_model(args.name, verify=args.verify))
+    print(fetch_model(args.name, verify=args.verify))
     return 0
 
 
@@ -49,7 +49,7 @@ def _declare_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from lorakit.export import export_merged
+    from lorakit.merging.export import export_merged
 
     print(export_merged(args.base, args.adapter, args.out, args.dtype))
     return 0
@@ -60,9 +60,9 @@ def _declare_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from lorakit import sql
+    from lorakit.tasks.sql import task
 
-    sql.write(args.folder)
+    task.write(args.folder)
     print(args.folder)
     return 0
 
@@ -72,23 +72,9 @@ def _declare_pretrain(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from lorakit import pretrain
+    from lorakit.tasks import tiny_model
 
-    print(pretrain.write(args.folder))
-    return 0
-
-
-def _declare_intrinsic(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where results are and go, such as data/intrinsic")
-
-
-def _intrinsic(args: argparse.Namespace) -> int:
-    from lorakit import intrinsic, intrinsic_card
-
-    for file in intrinsic.PLANS:
-        intrinsic.record(args.folder, file)
-    intrinsic_card.write(args.folder)
-    print(args.folder)
+    print(tiny_model.write(args.folder))
     return 0
 
 
@@ -106,7 +92,7 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.in_place and (args.parameters or args.profile != "laptop"):
         raise ValueError("expected --in-place without -p and with the laptop profile, which the lessons' defaults are")
-    from lorakit import lessons
+    from lorakit.course import lessons
 
     if args.in_place:
         results = lessons.refresh(lessons.select_lessons(args.lessons, lessons.find_notebooks()))
@@ -121,7 +107,7 @@ def _declare_exercises(parser: argparse.ArgumentParser) -> None:
 
 
 def _exercises(args: argparse.Namespace) -> int:
-    from lorakit import exercises, lessons
+    from lorakit.course import exercises, lessons
 
     notebooks = lessons.find_notebooks()
     results = lessons.refresh(exercises.find_solutions(notebooks)) if args.refresh else []
@@ -156,7 +142,7 @@ def _budget(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from lorakit.budget import budget, table
+    from lorakit.cost.budget import budget, table
 
     settings = {
         **{name: getattr(args, name) for name in ("rank", "tokens", "dtype", "optimizer", "checkpointing")},
@@ -178,9 +164,9 @@ def _declare_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from lorakit.plan import load_plan
-    from lorakit.records import survey
-    from lorakit.sweep import sweep
+    from lorakit.experiments.plan import load_plan
+    from lorakit.experiments.records import survey
+    from lorakit.experiments.sweep import sweep
 
     failed = 0
     for path, plan in [(path, load_plan(path)) for path in args.plans]:
@@ -206,7 +192,6 @@ COMMANDS = {
     "budget": Command("what a training step needs, from a model's config alone", _declare_budget, _budget),
     "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
     "pretrain": Command("make the tiny base model from nothing, about two minutes", _declare_pretrain, _pretrain),
-    "intrinsic": Command("record how many dimensions facts need, resumably", _declare_intrinsic, _intrinsic),
     "sweep": Command("make the runs of a grid that are missing, each recorded as it ends", _declare_sweep, _sweep),
     "run": Command("run lessons and keep the executed notebooks", _declare_run, _run),
     "exercises": Command("derive the exercise notebooks from their solutions", _declare_exercises, _exercises),

@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterator
 
+import helpers.typecheck  # noqa: F401  the import hook finds it there
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-install_import_hook("lorakit", "typecheck.checker")
+install_import_hook("lorakit", "helpers.typecheck.checker")
+pytest_plugins = ["helpers.four_bits"]
 settings.register_profile("lorakit", deadline=None)  # a busy machine is no failure
 settings.load_profile("lorakit")
 

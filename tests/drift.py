@@ -32,11 +32,11 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from lorakit.libraries import quiet
+from lorakit._optional import quiet
 
 LIBRARIES = ("transformers", "peft", "trl", "bitsandbytes", "datasets")
 PROJECT = Path(__file__).resolve().parents[1]
-SOURCES = ("notebooks/**/*.ipynb", "lorakit/*.py", "tests/**/*.py", "data/*/*.py")
+SOURCES = ("notebooks/**/*.ipynb", "lorakit/**/*.py", "tests/**/*.py", "data/*/*.py")
 MEANT = {("notebooks/03_sft_with_peft_and_trl.ipynb", "trl.SFTConfig(max_seq_length)")}  # the lesson shows the error
 DEPRECATED = {"torch_dtype": "dtype"}
 HANDED_ON = {

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 import lorakit
-from lorakit import lowrank
-from lorakit.files import write_atomically
-from lorakit.models import load_model
+from lorakit._atomic import write_atomically
+from lorakit.layers import lowrank
+from lorakit.models.load import load_model
 
 HERE = Path(__file__).parent
 PARTS = Path("runs/lowrank")

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 import lorakit
-from lorakit.arithmetic import compress, dare, linear, ties
-from lorakit.divergence import kl_divergence, log_probabilities
-from lorakit.extract import messages
-from lorakit.recorded import read, record_runs
-from lorakit.sql import execution_accuracy
-from lorakit.updates import Update, attach, read_updates
+from lorakit.experiments.recorded import read, record_runs
+from lorakit.merging.arithmetic import compress, dare, linear, ties
+from lorakit.merging.updates import Update, attach, read_updates
+from lorakit.tasks.extraction import messages
+from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.training.evaluate import kl_divergence, log_probabilities
 
 RESULTS = Path(__file__).with_name("results.json")
 ADAPTERS = Path(__file__).resolve().parents[2] / "runs" / "merging"

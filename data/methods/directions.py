@@ -11,10 +11,10 @@ from pathlib import Path
 from record import BATCH, RECORD, RESULTS, SEEDS, STEPS, adapted, encoded
 
 import lorakit
-from lorakit.dora import magnitude_direction
-from lorakit.inject import find_targets
-from lorakit.libraries import quiet
-from lorakit.recorded import read, record_runs
+from lorakit._optional import quiet
+from lorakit.experiments.recorded import read, record_runs
+from lorakit.layers.dora import magnitude_direction
+from lorakit.models.targets import find_targets
 
 FULL_LR = 3e-4  # the best of four, as data/sft has it
 

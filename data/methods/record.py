@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 import lorakit
-from lorakit.lean import lean
-from lorakit.libraries import quiet
-from lorakit.machine import fast
-from lorakit.memory import peak_bytes, returning_memory
-from lorakit.plain import plain_loop
-from lorakit.recorded import read, record_runs
-from lorakit.sql import execution_accuracy
+from lorakit._optional import quiet
+from lorakit.cost.memory import peak_bytes, returning_memory
+from lorakit.experiments.recorded import read, record_runs
+from lorakit.speed.activations import lean
+from lorakit.speed.cpu import fast
+from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.training.reference_loop import plain_loop
 
 with quiet():
     import peft

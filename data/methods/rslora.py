@@ -10,8 +10,8 @@ from itertools import product
 from pathlib import Path
 
 import lorakit
-from lorakit.facts import encoded, facts, recall
-from lorakit.recorded import record_runs
+from lorakit.experiments.recorded import record_runs
+from lorakit.tasks.facts import encoded, facts, recall
 
 RESULTS = Path(__file__).with_name("rslora.json")
 FACTS, STEPS, ALPHA, SEEDS = 48, 150, 8.0, (0, 1, 2)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import lorakit
-from lorakit.facts import encoded, facts, recall
-from lorakit.recorded import record_runs
+from lorakit.experiments.recorded import record_runs
+from lorakit.tasks.facts import encoded, facts, recall
 
 FACTS, STEPS, RANK, ALPHA, SEEDS, RATES = 48, 150, 4, 8.0, (0, 1, 2), (1e-3, 3e-3, 1e-2)
 STARTS = {"Kaiming": None, "Gaussian": None, "PiSSA": lorakit.pissa_start, "OLoRA": lorakit.olora_start}

@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 
 import lorakit
-from lorakit import nf4
-from lorakit.lean import lean
-from lorakit.libraries import quiet
-from lorakit.loss import completion_loss
-from lorakit.machine import fast
-from lorakit.memory import peak_bytes, returning_memory
-from lorakit.plain import plain_loop
-from lorakit.quantized import quantize_model
-from lorakit.recorded import record_runs
-from lorakit.sql import execution_accuracy
+from lorakit._optional import quiet
+from lorakit.cost.memory import peak_bytes, returning_memory
+from lorakit.experiments.recorded import record_runs
+from lorakit.layers import nf4
+from lorakit.models.quantize import quantize_model
+from lorakit.speed.activations import lean
+from lorakit.speed.cpu import fast
+from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.training.loss import completion_loss
+from lorakit.training.reference_loop import plain_loop
 
 with quiet():
     import peft

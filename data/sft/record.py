@@ -19,11 +19,11 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch
 
 import lorakit
-from lorakit.libraries import quiet
-from lorakit.machine import fast
-from lorakit.plain import plain_loop
-from lorakit.recorded import record_runs
-from lorakit.sql import execution_accuracy
+from lorakit._optional import quiet
+from lorakit.experiments.recorded import record_runs
+from lorakit.speed.cpu import fast
+from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.training.reference_loop import plain_loop
 
 with quiet():
     import peft

@@ -18,8 +18,8 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 from cases import CASES  # noqa: E402
 
-from lorakit import doctor  # noqa: E402
-from lorakit.files import write_atomically  # noqa: E402
+from lorakit._atomic import write_atomically  # noqa: E402
+from lorakit.course import doctor  # noqa: E402
 
 RESULTS, README = HERE / "results.json", HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"

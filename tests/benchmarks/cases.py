@@ -13,22 +13,22 @@ import torch
 from paired import Comparison, alternate, rounds_from, seconds
 
 import lorakit
-from lorakit import nf4
-from lorakit.arithmetic import compress, linear
-from lorakit.batch import collate
-from lorakit.facts import encoded, facts
-from lorakit.lean import lean
-from lorakit.libraries import quiet
-from lorakit.loss import completion_loss
-from lorakit.machine import fast
-from lorakit.many import Spec, fit_many
-from lorakit.memory import peak_bytes, returning_memory
-from lorakit.plain import plain_loop
-from lorakit.quantized import quantize_model
-from lorakit.records import expand
-from lorakit.repacking import prevent_repacking
-from lorakit.sweep import sweep
-from lorakit.updates import Update
+from lorakit._optional import quiet
+from lorakit.cost.memory import peak_bytes, returning_memory
+from lorakit.experiments.records import expand
+from lorakit.experiments.sweep import sweep
+from lorakit.layers import nf4
+from lorakit.layers.bnb import prevent_repacking
+from lorakit.merging.arithmetic import compress, linear
+from lorakit.merging.updates import Update
+from lorakit.models.quantize import quantize_model
+from lorakit.speed.activations import lean
+from lorakit.speed.cpu import fast
+from lorakit.tasks.facts import encoded, facts
+from lorakit.training.batch import collate
+from lorakit.training.fit_many import Spec, fit_many
+from lorakit.training.loss import completion_loss
+from lorakit.training.reference_loop import plain_loop
 
 with quiet():
     import bitsandbytes

@@ -1,0 +1,7 @@
+"""`python -m lorakit`, the command."""
+
+import sys
+
+from lorakit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,93 @@
+"""A causal language model's config from whatever names it, without its weights."""
+
+import copy
+import difflib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lorakit._optional import need, quiet
+from lorakit.models.download import MODELS, fetch_model
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, context: int = 4096, **more: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "max_position_embeddings": context, "vocab_size": 32_000}
+    return {"model_type": "llama", **sizes, **more}
+
+
+# Models by their published sizes. LLaMA: Touvron et al. 2023, arXiv:2302.13971, table 2. Llama 2: Touvron et al. 2023,
+# arXiv:2307.09288, section 2.2; the inner widths are those of its weights. GPT-3: Brown et al. 2020, arXiv:2005.14165,
+# table 2.1, here without its sparse attention, as OPT, which has its sizes and separate query and value matrices.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama-65b": _llama(8192, 22_016, 80, 64, 2048),
+    "llama-2-7b": _llama(4096, 11_008, 32, 32),
+    "llama-2-13b": _llama(5120, 13_824, 40, 40),
+    "llama-2-70b": _llama(8192, 28_672, 80, 64, num_key_value_heads=8),
+    "gpt-3-175b": {
+        **{"model_type": "opt", "vocab_size": 50_257, "max_position_embeddings": 2048, "num_hidden_layers": 96},
+        **{"hidden_size": 12_288, "word_embed_proj_dim": 12_288, "ffn_dim": 49_152, "num_attention_heads": 96},
+        **{"activation_function": "gelu", "dropout": 0.0},
+    },
+}
+
+
+def find_config(model: Any) -> tuple[str, Any]:
+    """A short name for a model, and its config, which may be changed.
+
+    Args:
+        model: a transformers config; a name in `PUBLISHED` or in `lorakit.models.download.MODELS`; a folder with
+            `config.json`, or such a file; or a hub id such as `"Qwen/Qwen2.5-7B"`, of which the config alone is asked
+            for.
+
+    Raises:
+        ValueError: unknown name (the message lists near ones), or no config of a causal language model.
+        FileNotFoundError: no such file or folder, or no `config.json` in it.
+        ConnectionError: not in the hub's cache, and the hub did not give it.
+        ImportError: transformers is not installed.
+    """
+    transformers = need("transformers")
+    if isinstance(model, transformers.PreTrainedConfig):
+        name, config = model.model_type, copy.deepcopy(model)
+    elif os.fspath(model) in PUBLISHED:
+        name, config = model, transformers.AutoConfig.for_model(**PUBLISHED[model])
+    else:
+        name, config = _read(os.fspath(model), isinstance(model, Path))
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"expected a causal language model, got {name!r}, a config of {config.model_type!r}")
+    return name, config
+
+
+def _read(model: str, is_path: bool) -> tuple[str, Any]:
+    """A config from a file: named, in a folder, of the course, or on the hub."""
+    path = Path(model).expanduser()
+    hub = not is_path and not path.exists() and model.count("/") == 1 and not model.startswith((".", "~", "/"))
+    if model in MODELS and not is_path:
+        source = fetch_model(model)
+    elif hub:
+        source = model
+    elif is_path or path.exists() or "/" in model or os.sep in model:
+        source = path / "config.json" if path.is_dir() else path
+        if not source.is_file():
+            raise FileNotFoundError(f"expected a folder with a config.json, or that file, got {model!r}")
+    else:
+        known = [*MODELS, *PUBLISHED]
+        near = ", ".join(difflib.get_close_matches(model, known, n=4, cutoff=0.3)) or ", ".join(known)
+        raise ValueError(f"expected a model's name, a config, a folder or a hub id, got {model!r}; near names: {near}")
+    name = path.name if path.is_dir() else path.parent.name if path.is_file() else model
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)  # it tells of each attempt
+        with quiet():
+            return name, need("transformers").AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        if not hub:
+            raise ValueError(f"expected a readable config.json, got {source}: {error}") from error
+        raise ConnectionError(
+            f"the config of {model!r} is not in the hub's cache, and the hub did not give it\n"
+            f"Check the spelling and the connection, or use a local config.json or one of {[*MODELS, *PUBLISHED]}"
+        ) from error
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,145 @@
+"""A training step without its values: a model of fake tensors goes forward and backward once, under a ledger.
+
+Fake tensors have shapes, dtypes and storages, and no memory: a model of any size goes through its real code.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from lorakit._optional import need, quiet
+from lorakit.cost.ledger import Ledger
+from lorakit.layers.bases import linear_shape
+from lorakit.layers.fused import frozen_linear
+from lorakit.layers.lora import LoRALinear
+from lorakit.layers.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
+from lorakit.models.inject import count, replace
+from lorakit.models.targets import find_targets
+
+
+class PlainLoRA(LoRALinear):
+    """A LoRALinear that computes its formula in plain operations, as most code does."""
+
+    forward = LoRALinear.formula
+
+
+class Stored(nn.Module):
+    """Stands for a frozen linear layer in 4 or 8 bits: buffers of the right sizes, and a weight made at each use.
+
+    Args:
+        linear: the layer.
+        bits: 4 for NF4, with an absmax for each block of values; 8 for int8, with a scale for each row.
+        double_quant: whether NF4's absmax values are stored in bytes.
+    """
+
+    def __init__(self, linear: nn.Module, bits: int, double_quant: bool):
+        super().__init__()
+        self.out_features, self.in_features = linear_shape(linear)
+        n, self.bias = self.out_features * self.in_features, linear.bias
+        blocks = math.ceil(n / BLOCK_SIZE)
+        if bits == 8:
+            sizes = {"codes": (n, torch.int8), "scales": (self.out_features, torch.float32)}
+        elif double_quant:
+            sizes = {"codes": (math.ceil(n / 2), torch.uint8), "absmax": (blocks, torch.uint8)}
+            sizes |= {"scales": (math.ceil(blocks / ABSMAX_BLOCK_SIZE), torch.float32), "offset": (1, torch.float32)}
+        else:
+            sizes = {"codes": (math.ceil(n / 2), torch.uint8), "absmax": (blocks, torch.float32)}
+        for name, (size, dtype) in sizes.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
+
+    def make_weight(self, dtype: torch.dtype) -> Tensor:
+        """A tensor of the weight's shape, (d_out, d_in)."""
+        return torch.empty(self.out_features, self.in_features, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values that mean nothing, of the layer's shape."""
+        return frozen_linear(x, partial(self.make_weight, x.dtype), self.bias)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step came to."""
+
+    parameters: int  # of the plain model
+    trained: list[Tensor]  # fake
+    ledger: Ledger  # of weights, adapters, gradients, activations, logits and temporaries
+    kept_bytes: int  # that the forward pass left for the backward pass
+    forward_flops: int
+
+
+def rehearse(
+    config: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    prepare: Callable[[nn.Module], object],
+    checkpointing: bool = False,
+    **settings: Any,
+) -> Rehearsal:
+    """Takes a model from its config through one forward and backward pass.
+
+    Args:
+        config: of a causal language model.
+        dtype: of its weights.
+        shape: (sequences, tokens of each); all have labels, and none is padding.
+        prepare: changes the model before the step: quantises, adapts, freezes.
+        checkpointing: whether each block's activations are made again in the backward pass.
+        settings: for the model, such as `attn_implementation`.
+
+    Raises:
+        ValueError: what the model does depends on values.
+    """
+    with _fake():
+        model = need("transformers").AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).train()
+        model.config.use_cache = False
+        parameters, plain = count(model).total, set(model.parameters())
+        prepare(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        vocabulary = config.get_text_config().vocab_size
+        ledger = Ledger(lambda new: "logits" if new.ndim > 1 and new.shape[-1] == vocabulary else "temporaries")
+        for buffer in model.buffers():
+            ledger.add(buffer, "weights")
+        for parameter in model.parameters():
+            ledger.add(parameter, "weights" if parameter in plain else "adapters")
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
+        resident, ids = ledger.now.total(), torch.zeros(shape, dtype=torch.long)
+        try:
+            with ledger:
+                loss = model(input_ids=ids, labels=ids).loss
+                ledger.move_all("temporaries", "activations")
+                kept_bytes, forward_flops = ledger.now.total() - resident, ledger.flops
+                loss.backward()
+        except RuntimeError as error:
+            kind = config.model_type
+            raise ValueError(
+                f"expected shapes that follow from the config, got {kind!r} in {dtype}: {error}"
+            ) from error
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return Rehearsal(parameters, trained, ledger, kept_bytes, forward_flops)
+
+
+def quantize(model: nn.Module, bits: int, double_quant: bool = True) -> None:
+    """Replaces all linear layers but the output head by `Stored`."""
+    for layer in [model.get_submodule(name) for name in find_targets(model)]:
+        replace(model, {layer: Stored(layer, bits, double_quant)})
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    """All that is made inside is fake. Rows are taken for one text each, which a look at their positions would show."""
+    look = mock.patch("transformers.masking_utils.find_packed_sequence_indices", _see_one_text, create=True)
+    with quiet(), look, FakeTensorMode(), torch.device("cpu"), torch.enable_grad():
+        yield
+
+
+def _see_one_text(position_ids: Tensor) -> None:
+    """Stands for what decides from values whether attention needs a mask."""

@@ -1,0 +1,1 @@
+"""The course's machinery: lessons run, outputs kept clean, exercises checked."""

@@ -1,0 +1,89 @@
+"""The checks of all exercises: `check_x(your_function)` prints "right", or says on which input it is wrong, and why."""
+
+from lorakit.course.checks.grading import CheckFailed
+from lorakit.course.checks.lesson_01_low_rank import (
+    check_balance,
+    check_best_approximation,
+    check_control,
+    check_largest_rank,
+    check_rank_for_energy,
+    check_similarity,
+)
+from lorakit.course.checks.lesson_02_lora import (
+    check_count,
+    check_first_update,
+    check_grow,
+    check_layer,
+    check_merge,
+    check_swap,
+)
+from lorakit.course.checks.lesson_03_sft import check_compare, check_is_active, check_mask, check_matches, check_modern
+from lorakit.course.checks.lesson_04_qlora import (
+    check_codebook,
+    check_four_bits,
+    check_round_trip,
+    check_step,
+    check_storage,
+)
+from lorakit.course.checks.lesson_05_dora import (
+    check_allocate,
+    check_dora,
+    check_equivalent,
+    check_pissa,
+    check_tradeoff,
+)
+from lorakit.course.checks.lesson_06_ablations import (
+    check_confounds,
+    check_design,
+    check_rank_table,
+    check_seeds_needed,
+    check_verdict,
+)
+from lorakit.course.checks.lesson_07_merging import (
+    check_add_adapters,
+    check_arrives,
+    check_best_weights,
+    check_compress,
+    check_swallowed,
+)
+
+__all__ = [
+    "CheckFailed",
+    "check_add_adapters",
+    "check_allocate",
+    "check_arrives",
+    "check_balance",
+    "check_best_approximation",
+    "check_best_weights",
+    "check_codebook",
+    "check_compare",
+    "check_compress",
+    "check_confounds",
+    "check_control",
+    "check_count",
+    "check_design",
+    "check_dora",
+    "check_equivalent",
+    "check_first_update",
+    "check_four_bits",
+    "check_grow",
+    "check_is_active",
+    "check_largest_rank",
+    "check_layer",
+    "check_mask",
+    "check_matches",
+    "check_merge",
+    "check_modern",
+    "check_pissa",
+    "check_rank_for_energy",
+    "check_rank_table",
+    "check_round_trip",
+    "check_seeds_needed",
+    "check_similarity",
+    "check_step",
+    "check_storage",
+    "check_swallowed",
+    "check_swap",
+    "check_tradeoff",
+    "check_verdict",
+]

@@ -1,0 +1,211 @@
+"""The checks of lesson 02's exercises: counting, merging, repairing, swapping, a first step, and growing the rank."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.course.checks.grading import CheckFailed, as_tensor, ask, judge, parts, random_matrix, require, same
+from lorakit.layers.lora import LoRALinear
+from lorakit.layers.lowrank import lora_parameters
+
+CONFIGS = {  # model -> layers, width, heads, key and value heads, parameters
+    "Llama 2 7B": (32, 4096, 32, 32, 6_738_415_616),
+    "SmolLM2-135M": (30, 576, 9, 3, 134_515_008),
+    "Llama 3 8B": (32, 4096, 32, 8, 8_030_261_248),
+}
+SIZES = [(4, 6, 2, 3.0), (7, 7, 3, 8.0)]  # d_out, d_in, rank, alpha; a square one, where transposes go unnoticed
+
+
+def check_count(count: Any) -> None:
+    """Checks `count(config, total, rank) -> (trainable, percent)`: LoRA on Q and V in every layer."""
+    for (name, (layers, width, heads, kv_heads, total)), rank in zip(CONFIGS.items(), (16, 4, 64), strict=True):
+        on = f"{name}, r = {rank}"
+        config = SimpleNamespace(
+            num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads
+        )
+        trainable, percent = parts(ask(count, config, total, rank, on=on), "trainable, percent", on)
+        d_value = width // heads * kv_heads
+        q, v = lora_parameters(width, width, rank), lora_parameters(d_value, width, rank)
+        want = layers * (q + v)
+        mistakes = {
+            "is that of one layer: multiply by num_hidden_layers": q + v,
+            "takes V for a square matrix: with fewer value heads than query heads it is narrower": layers * 2 * q,
+            "is that of Q alone: V has an adapter too, or each adapter has two matrices": layers * q,
+            "is that of A alone: B, of shape (d_out, rank), trains too": layers * 2 * rank * width,
+            "is that of the full matrices: an adapter has rank * (d_in + d_out)": layers * width * (width + d_value),
+        }
+        judge(trainable, want, mistakes, on, "trainable")
+        mistakes = {
+            "is a share, not in percent: multiply by 100": want / (total + want),
+            "leaves the adapter out of the whole: divide by total + trainable": 100 * want / total,
+        }
+        judge(percent, 100 * want / (total + want), mistakes, on, "percent")
+    print("right: r = 16 on Q and V of Llama 2 7B trains 8,388,608 numbers, 0.12 %; three models counted")
+
+
+def check_merge(merge: Any) -> None:
+    """Checks `merge(base, A, B, alpha) -> nn.Linear`: any rank and alpha, with and without bias."""
+    for d_out, d_in, rank, alpha in SIZES:
+        for bias in (False, True):
+            on = f"nn.Linear({d_in}, {d_out}, bias={bias}), r = {rank}, alpha = {alpha:g}"
+            layer = _trained_layer(d_out, d_in, rank, alpha, bias)
+            base, A, B = layer.base, layer.A.detach(), layer.B.detach()
+            merged = ask(merge, base, A, B, alpha, on=on)
+            require(isinstance(merged, nn.Linear), on, f"expected an nn.Linear, got {type(merged).__name__}")
+            W, delta = base.weight.detach(), layer.delta_weight().detach()
+            mistakes = {
+                "is W + B A, off by exactly alpha / r: did you forget the scale?": W + B @ A,
+                "is W + alpha B A: divide alpha by the rank": W + alpha * B @ A,
+                "is W: the update was not added": W,
+                "is s B A: add it to the base's weight": delta,
+                "is W - s B A: merging adds": W - delta,
+            }
+            if d_out == d_in:
+                mistakes["has the update transposed: B A is (d_out, d_in), as W is"] = W + delta.T
+            judge(merged.weight, W + delta, mistakes, on, "the merged weight")
+            require(bias or merged.bias is None, on, "the base has no bias, the merged layer has: use bias=False")
+            if bias:
+                require(merged.bias is not None, on, "the base's bias is lost: the merged layer needs a copy of it")
+                hints = {"is that of a new layer": 0 * base.bias, "has been scaled": layer.scale * base.bias}
+                judge(merged.bias, base.bias, hints, on, "the base's bias is lost: the merged bias")
+    print("right: merged equals unmerged, for two shapes and scales, with and without a bias")
+
+
+def check_layer(layer: Any) -> None:
+    """Checks a class, called `layer(base, rank, alpha, dropout)`: start, what trains, scale, and dropout's place."""
+    for d_out, d_in, rank, alpha in SIZES:
+        on = f"nn.Linear({d_in}, {d_out}), r = {rank}, alpha = {alpha:g}, dropout = 0.5"
+        reference = _trained_layer(d_out, d_in, rank, alpha, bias=True)
+        mine = ask(layer, reference.base, rank, alpha, 0.5, on=on)
+        require(isinstance(mine, nn.Module), on, f"expected an nn.Module, got {type(mine).__name__}")
+        A, B = (getattr(mine, name, None) for name in "AB")
+        if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)):
+            raise CheckFailed(f"{on}: expected two nn.Parameter named A and B")
+        shapes = tuple(A.shape), tuple(B.shape)
+        require(shapes == ((rank, d_in), (d_out, rank)), on, f"A and B should be {(rank, d_in)} and {(d_out, rank)}")
+        _check_start(mine, reference, on)
+        _check_forward(mine, reference, on)
+    print("right: starts as the base, trains A and B alone, s = alpha / r, dropout on the adapter's input alone")
+
+
+def _check_start(mine: nn.Module, reference: LoRALinear, on: str) -> None:
+    require(not mine.B.any(), on, "the model changes before training begins: B must start at zero")
+    require(bool(mine.A.any()), on, "A and B both start at zero, so both gradients are zero for ever: draw A at random")
+    trains = {name for name, p in mine.named_parameters() if p.requires_grad}
+    extra = ", ".join(sorted(trains - {"A", "B"}))
+    require(not extra, on, f"{extra} would train too: freeze the base with requires_grad_(False)")
+    require(trains == {"A", "B"}, on, "A and B must both require a gradient")
+    x = random_matrix(5, mine.A.shape[1], seed=3)
+    message = "with B = 0 in training mode the output is not the base's: dropout may only touch the adapter's input"
+    require(same(_output(mine.train(), x, on), reference.base(x).double()), on, message)
+
+
+def _check_forward(mine: nn.Module, reference: LoRALinear, on: str) -> None:
+    mine.A.data, mine.B.data = reference.A.detach().clone(), reference.B.detach().clone()
+    x = random_matrix(5, mine.A.shape[1], seed=4)
+    y, update = reference.base(x), x @ reference.A.T @ reference.B.T
+    mistakes = {
+        "is W x + B A x, off by exactly alpha / r: where is the scale?": y + update,
+        "is W x + alpha B A x: divide alpha by the rank": y + reference.alpha * update,
+        "is W x alone: the adapter's path is missing": y,
+    }
+    judge(ask(mine.eval(), x, on=on), reference(x), mistakes, on, "the output in eval mode")
+    units = torch.eye(x.shape[1]).repeat(16, 1)  # dropout leaves such a row its whole update, or nothing of it
+    moved = _output(mine.train(), units, on) - reference.base(units).double()
+    kept = moved.norm(dim=1, keepdim=True) > 1e-4
+    full = 2 * (reference(units) - reference.base(units)).double()  # what is kept is divided by 1 - 0.5
+    require(not kept.all(), on, "dropout does nothing in training mode: apply it to what goes into A")
+    message = "dropout is at the wrong place of the adapter's path: apply it to x, before A, and only there"
+    require(same(moved, full * kept), on, message)
+
+
+def _output(mine: nn.Module, x: Tensor, on: str) -> Tensor:
+    y, shape = as_tensor(ask(mine, x, on=on), on, "the output"), (len(x), len(mine.B))
+    require(y.shape == shape, on, f"the output should have shape {shape}, got {tuple(y.shape)}")
+    return y
+
+
+def check_swap(swap: Any) -> None:
+    """Checks `swap(weight, old, new) -> weight`: one merged adapter out, another in; each is (A, B, alpha)."""
+    for d_out, d_in, (r1, alpha1), (r2, alpha2) in [(5, 8, (2, 3.0), (4, 10.0)), (6, 6, (3, 1.5), (1, 2.5))]:
+        on = f"weight ({d_out}, {d_in}), r = {r1} and alpha = {alpha1:g} for r = {r2} and alpha = {alpha2:g}"
+        old, new = _trained_layer(d_out, d_in, r1, alpha1), _trained_layer(d_out, d_in, r2, alpha2)
+        W, P, Q = old.base.weight.detach(), old.delta_weight().detach(), new.delta_weight().detach()
+        mistakes = {
+            "still holds the old adapter: subtract its update first": W + P + Q,
+            "has lost the old adapter, and not got the new one": W,
+            "has the signs reversed: the old one leaves, the new one comes": W + 2 * P - Q,
+            "is unscaled: each update is (alpha / r) B A, with its own alpha and r": W
+            + P
+            - P / old.scale
+            + Q / new.scale,
+            "has the old adapter's scale in both updates": W + Q / new.scale * old.scale,
+            "has the new adapter's scale in both updates": W + P - P / old.scale * new.scale + Q,
+        }
+        adapters = [(layer.A.detach(), layer.B.detach(), layer.alpha) for layer in (old, new)]
+        judge(ask(swap, W + P, *adapters, on=on), W + Q, mistakes, on, "the weight")
+    print("right: the old update left, the new one came, each with its own scale")
+
+
+def check_first_update(first_update: Any) -> None:
+    """Checks `first_update(grad_W, A, alpha, lr) -> s B A` after one step of SGD, against a layer that takes it."""
+    for d_out, d_in, rank, alpha in SIZES:
+        lr, x = 0.1 * rank, random_matrix(9, d_in, seed=rank)
+        on = f"grad_W ({d_out}, {d_in}), r = {rank}, alpha = {alpha:g}, lr = {lr:g}"
+        layer = _trained_layer(d_out, d_in, rank, alpha)
+        nn.init.zeros_(layer.B)
+        A, s = layer.A.detach().clone(), layer.scale
+        layer.base.requires_grad_(True)
+        layer(x).square().sum(1).mean().backward()
+        grad_W = layer.base.weight.grad.clone()
+        layer.base.requires_grad_(False)
+        for p in (layer.A, layer.B):
+            p.data -= lr * p.grad  # the step of SGD whose outcome the answer predicts
+        mistakes = {
+            "has s once: it is in the gradient of B, and again in s B A": -lr * s * grad_W @ A.T @ A,
+            "has the wrong sign: SGD steps against the gradient": lr * s * s * grad_W @ A.T @ A,
+            "is full fine-tuning's step: LoRA moves only along the rows of A": -lr * grad_W,
+            "is scaled, but not projected on the rows of A": -lr * s * s * grad_W,
+            "is the new B: the update of the weight is s B A": -lr * s * grad_W @ A.T,
+            "has no scale: s = alpha / r comes twice": -lr * grad_W @ A.T @ A,
+        }
+        judge(ask(first_update, grad_W, A, alpha, lr, on=on), layer.delta_weight(), mistakes, on, "the first update")
+    print("right: the prediction is what a LoRALinear does in one step of SGD")
+
+
+def check_grow(grow: Any) -> None:
+    """Checks `grow(A, B, alpha, new_rank) -> (A, B, alpha)`: the same update, and room to learn more."""
+    for d_out, d_in, rank, alpha in [(7, 9, 2, 3.0), (12, 8, 3, 5.0)]:
+        new_rank = 2 * rank + 1
+        on = f"A ({rank}, {d_in}), B ({d_out}, {rank}), alpha = {alpha:g}, new rank {new_rank}"
+        layer = _trained_layer(d_out, d_in, rank, alpha)
+        inputs = layer.A.detach(), layer.B.detach(), alpha, new_rank
+        A, B, new_alpha = (as_tensor(p, on, "a part") for p in parts(ask(grow, *inputs, on=on), "A, B, alpha", on))
+        shapes = (new_rank, d_in), (d_out, new_rank)
+        got = tuple(A.shape), tuple(B.shape)
+        require(got == shapes, on, f"A and B should have shapes {shapes[0]} and {shapes[1]}, got {got[0]} and {got[1]}")
+        require(new_alpha.ndim == 0, on, "alpha should be a number")
+        delta, scale = layer.delta_weight().detach().double(), new_alpha / new_rank
+        old_is_kept = same(scale * B[:, :rank] @ A[:rank], delta)
+        mistakes = {
+            "shrank by old rank / new rank: with s = alpha / r, alpha must grow as r does": delta * rank / new_rank,
+            "shrank: the square root is rsLoRA's rule, here s = alpha / r": delta * (rank / new_rank) ** 0.5,
+            "has grown by what was added: new rows or new columns must be zero": scale * B @ A if old_is_kept else None,
+        }
+        judge(scale * B @ A, delta, mistakes, on, "the update s B A")
+        full = max(torch.linalg.matrix_rank(M).item() for M in (A, B))
+        zeros = (~A.any(1) & ~B.any(0)).any().item()
+        require(not zeros, on, "where a row of A and its column of B are both zero, nothing will ever be learned")
+        require(full == new_rank, on, f"the new rows repeat the old ones: A and B have rank {full}, not {new_rank}")
+    print("right: the same update up to rounding, and every new direction can learn")
+
+
+def _trained_layer(d_out: int, d_in: int, rank: int, alpha: float, bias: bool = False) -> LoRALinear:
+    """An adapted layer whose B is no longer zero; the same for the same arguments."""
+    with torch.random.fork_rng(devices=[]):
+        layer = LoRALinear(nn.Linear(d_in, d_out, bias=bias), rank, alpha)
+    for seed, p in enumerate(layer.parameters()):
+        p.data = random_matrix(*p.shape, seed=seed + rank)
+    return layer

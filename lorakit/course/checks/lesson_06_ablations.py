@@ -1,0 +1,250 @@
+"""The checks of lesson 06's exercises: how many seeds, the rank table, a paired verdict, confounds, a design."""
+
+import math
+from statistics import fmean, pstdev, stdev
+from typing import Any
+
+from scipy.stats import norm, t
+
+from lorakit.course.checks.grading import CheckFailed, ask, judge, require
+from lorakit.experiments.records import expand
+from lorakit.experiments.stats import difference, mean_interval
+
+SCATTERS = [
+    (17.0, 5.0),
+    (5.0, 5.0),
+    (5.0, 2.0),
+    (2.0, 0.5),
+    (1.0, 9.0),
+    (3.0, 1.0),
+    (8.0, 5.0),
+]  # points: scatter, half width
+ACCURACY = {  # rank -> rate -> accuracy of seeds 0, 1, 2
+    16: {1e-3: [0.80, 0.60, 0.62], 4e-3: [0.71, 0.70, 0.95], 1.6e-2: [0.10, 0.05, 0.30]},
+    1: {1e-3: [0.10, 0.12, 0.08], 4e-3: [0.20, 0.31, 0.27], 1.6e-2: [0.30, 0.35, 0.36]},
+    64: {1e-3: [0.90, 0.95, 0.91], 4e-3: [0.97, 0.60, 0.55], 1.6e-2: [0.0, 0.0, 0.0]},
+    4: {1e-3: [0.42, 0.40, 0.44], 4e-3: [0.42, 0.40, 0.44], 1.6e-2: [0.20, 0.10, 0.00]},
+}
+PAIRS = [  # two arms, seed -> accuracy
+    ({0: 0.60, 1: 0.80, 2: 0.95, 3: 0.70}, {0: 0.57, 1: 0.76, 2: 0.92, 3: 0.66}, "in every pair, by 3 or 4 points"),
+    ({0: 0.57, 1: 0.76, 2: 0.92, 3: 0.66}, {3: 0.70, 2: 0.95, 1: 0.80, 0: 0.60}, "the same, turned round"),
+    ({0: 0.90, 1: 0.80, 2: 0.94}, {0: 0.85, 1: 0.83, 2: 0.86}, "a mean that is higher, pairs that disagree"),
+    ({0: 0.50, 1: 0.75}, {0: 0.25, 1: 0.50}, "equal differences"),
+    ({0: 0.50, 1: 0.75}, {0: 0.50, 1: 0.75}, "equal arms"),
+    ({0: 0.90, 1: 0.91, 2: 0.92}, {2: 0.50}, "one shared seed"),
+    ({0: 0.9, 4: 0.91}, {1: 0.5, 2: 0.51}, "no shared seed"),
+    ({0: 0.61, 1: 0.70, 2: 0.66, 9: 0.0}, {2: 0.60, 0: 0.55, 1: 0.65, 7: 0.99}, "seeds that the other lacks"),
+    ({0: 0.70, 1: 0.74, 2: 0.72}, {0: 0.66, 1: 0.73, 2: 0.69}, "three pairs, 1 to 4 points apart"),
+]
+BASE = {"rank": 4, "alpha": 8, "lr": 1e-3, "steps": 100, "batch_size": 8, "n": 400, "seed": 0}
+NAMES = ("alpha", "epochs", "rates", "scale", "seeds", "steps")
+DESIGNS = [  # ranks, alphas, rates, seconds a run, minutes
+    ([1, 8, 64], [16, 128], [1e-3, 4e-3], 10, 10),
+    ([4, 16], [32], [5e-4, 1e-3, 2e-3], 30, 10),
+    ([1, 4], [16, 64], [1e-3], 7.5, 2),
+    ([2, 8], [16], [1e-3, 2e-3], 60, 11),
+    ([2], [16], [1e-3], 1, 1.0),
+]
+
+
+def check_seeds_needed(seeds_needed: Any) -> None:
+    """Checks `seeds_needed(scatter, half) -> n`: how many seeds give a mean's 95 % interval that half width."""
+    for scatter, half in SCATTERS:
+        on = f"scatter {scatter:g}, half {half:g}"
+        want = _enough(lambda n: t.ppf(0.975, n - 1) / math.sqrt(n), scatter, half)
+        hints = {hint: _enough(width, scatter, half) for hint, width in WIDTHS.items()}
+        hints["is the last one that is too few"] = want - 1
+        judge(ask(seeds_needed, scatter, half, on=on), want, hints, on)
+    print("right: what a difference costs in seeds")
+
+
+WIDTHS = {  # mistake -> half an interval's width for n seeds of scatter 1
+    "has z = 1.96: with few seeds Student's t is larger": lambda n: norm.ppf(0.975) / math.sqrt(n),
+    "has t with n degrees of freedom: the mean uses up one": lambda n: t.ppf(0.975, n) / math.sqrt(n),
+    "takes the whole width for half of it": lambda n: 2 * t.ppf(0.975, n - 1) / math.sqrt(n),
+    "is that of a 90 % interval: 2.5 % lie on either side": lambda n: t.ppf(0.95, n - 1) / math.sqrt(n),
+    "lets the standard error be as large as the half width: where is t?": lambda n: 1 / math.sqrt(n),
+    "divides by n: a mean of n scatters by 1 / sqrt(n)": lambda n: t.ppf(0.975, n - 1) / n,
+    "is one too many: `scatter` over sqrt(n), not sqrt(n - 1), and at most `half`": lambda n: (
+        t.ppf(0.975, n - 1) / (n - 1) ** 0.5
+    ),
+    "is 1: one run has no scatter and no interval": None,
+}
+
+
+def _enough(width: Any, scatter: float, half: float) -> int:
+    """The first n of at least two whose interval is narrow enough; 1 without a width."""
+    return next(n for n in range(2, 10_000) if scatter * width(n) <= half) if width else 1
+
+
+def check_rank_table(rank_table: Any) -> None:
+    """Checks `rank_table(runs) -> [(rank, trainable, mean, low, high), ...]`: each rank at its own best rate."""
+    runs = [
+        {"rank": rank, "lr": lr, "seed": seed, "trainable": 1000 * rank, "correct": correct}
+        for rank, rates in ACCURACY.items()
+        for lr, accuracies in rates.items()
+        for seed, correct in enumerate(accuracies)
+    ]
+    runs = runs[5::-1] + runs[:5:-1]
+    for chosen in (runs, [run for run in runs if run["rank"] in (4, 64)]):
+        ranks = sorted({run["rank"] for run in chosen})
+        on = f"{len(chosen)} runs of ranks {', '.join(map(str, ranks))}"
+        got = ask(rank_table, chosen, on=on)
+        try:
+            rows = [tuple(float(value) for value in row) for row in got]
+        except (TypeError, ValueError, RuntimeError):
+            rows = []
+        require(bool(rows) and {len(row) for row in rows} == {5}, on, "expected a list of tuples of five numbers")
+        require(len(rows) == len(ranks), on, f"expected {len(ranks)} rows, one a rank, got {len(rows)}")
+        require([row[0] for row in rows] == ranks, on, "the rows should be sorted by rank, the smallest first")
+        for rank, row in zip(ranks, rows, strict=True):
+            _check_row(ACCURACY[rank], row, f"{on}, rank {rank}", [ACCURACY[each] for each in ranks])
+    print("right: each rank at its own rate, with an interval over seeds")
+
+
+def _check_row(rates: dict, row: tuple, on: str, all_rates: list[dict]) -> None:
+    """Compares one row of a rank table with the right one."""
+    _, trainable, mean, low, high = row
+    judge(trainable, 1000 * int(row[0]), {"is the rank: `trainable` is asked for": row[0]}, on, "trainable")
+    best = max(rates.values(), key=fmean)
+    every = [value for values in rates.values() for value in values]
+    common = max(rates, key=lambda lr: fmean(fmean(each[lr]) for each in all_rates))
+    hints = {
+        "is the best single run: one lucky seed is no result": max(every),
+        "is the mean over all rates: bad rates are not the rank's fault": fmean(every),
+        "is at the rate with the best single run: compare means over seeds": fmean(max(rates.values(), key=max)),
+        "is at the rate that is best for seed 0": fmean(max(rates.values(), key=lambda values: values[0])),
+        "is at one rate for all ranks: each should have its own best": fmean(rates[common]),
+        "is at the smallest rate": fmean(rates[min(rates)]),
+        "is at the largest rate": fmean(rates[max(rates)]),
+        "is the mean of each seed's best rate: a rate is chosen for all seeds together": fmean(
+            map(max, zip(*rates.values(), strict=True))
+        ),
+        "is the median": sorted(best)[1],
+    }
+    judge(mean, fmean(best), hints, on, "mean")
+    half = mean_interval(best)[2] - fmean(best)
+    error = stdev(best) / math.sqrt(len(best))
+    widths = {
+        "is that of the normal distribution: three seeds need Student's t": 1.959964 * error,
+        "is one standard error away": error,
+        "is one standard deviation away: that is how runs scatter, not how sure the mean is": stdev(best),
+        "is from the population's standard deviation: divide by n - 1": half * pstdev(best) / stdev(best),
+        "has t with n degrees of freedom: the mean uses up one": half * t.ppf(0.975, 3) / t.ppf(0.975, 2),
+        "is that of a 90 % interval: 2.5 % lie on either side": half * t.ppf(0.95, 2) / t.ppf(0.975, 2),
+        "is t times the standard deviation: a mean scatters less, by sqrt(n)": half * math.sqrt(3),
+    }
+    for name, value, sign, extreme in (("low", low, -1, min(best)), ("high", high, 1, max(best))):
+        hints = {hint: fmean(best) + sign * width for hint, width in widths.items()}
+        hints["is the worst or best seed"] = extreme
+        hints["is on the other side of the mean: first low, then high"] = fmean(best) - sign * half
+        hints["is the half width: add it to the mean"] = half
+        judge(value, fmean(best) + sign * half, hints, on, name)
+
+
+def check_verdict(verdict: Any) -> None:
+    """Checks `verdict(a, b) -> "a is higher", "b is higher" or "cannot be separated"`, by pairs of one seed."""
+    for a, b, on in PAIRS:
+        got = ask(verdict, a, b, on=on)
+        answers = ("a is higher", "b is higher", "cannot be separated")
+        require(got in answers, on, f"expected one of {', '.join(map(repr, answers))}, got {got!r}")
+        seeds = sorted(set(a) & set(b))
+        want = answers[2]
+        if len(seeds) > 1:
+            found = difference([a[s] for s in seeds], [b[s] for s in seeds], paired=True)
+            want = {"higher": answers[0], "lower": answers[1]}.get(found.verdict, answers[2])
+        if got == want:
+            continue
+        if len(seeds) < 2:
+            hint = "fewer than two shared seeds leave no differences to take an interval of"
+        elif want == answers[2]:
+            hint = "the interval of the mean difference holds zero: Student's t, n - 1 degrees of freedom, both sides"
+        elif got == answers[2]:
+            hint = "take the differences seed by seed, for shared seeds: what a seed does to both arms cancels"
+        else:
+            hint = "the sign is turned round: a minus b"
+        raise CheckFailed(f"{on}: it should be {want!r}, got {got!r}: {hint}")
+    print("right: pairs decide what arms alone cannot")
+
+
+def check_confounds(confounds: Any) -> None:
+    """Checks `confounds(a, b) -> names`: what differs between two arms besides the rank."""
+    for on, first, second, want in _confounded():
+        got = ask(confounds, first, second, on=on)
+        require(isinstance(got, list | tuple | set), on, "expected a list of names")
+        got = list(map(str, got))
+        strange = sorted(set(got) - set(NAMES))
+        require(not strange, on, f"expected names out of {', '.join(NAMES)}, got {strange}")
+        for name in NAMES:
+            require(name in got or name not in want, on, f"{name} differs, and is not in the answer: {_WHY[name]}")
+            require(name in want or name not in got, on, f"{name} does not differ: {_WHY[name]}")
+        require(got == sorted(want), on, "the names should be a sorted list, each once")
+    print("right: nothing hides behind the rank")
+
+
+_WHY = {
+    "alpha": "it is the set of alphas that each arm's runs have",
+    "scale": "it is alpha / rank of each run, not alpha",
+    "steps": "it is the set of steps that each arm's runs have",
+    "epochs": "it is steps * batch_size / n, how often each example is seen",
+    "rates": "it is how many learning rates were tried, not which: each arm may have its own",
+    "seeds": "it is which seeds there are, whatever their order, in all runs of the arm",
+}
+
+
+def _confounded() -> list[tuple[str, list[dict], list[dict], set[str]]]:
+    """Arms of rank 4 and 16: what they are, the runs of each, what differs."""
+
+    def arm(rank=16, rates=(1e-3, 2e-3), seeds=(0, 1), **changed):
+        return [BASE | {"rank": rank, "lr": lr, "seed": seed} | changed for lr in rates for seed in seeds]
+
+    small = arm(rank=4)
+    return [
+        ("alpha = 2r", small, arm(alpha=32), {"alpha"}),
+        ("one alpha", small, arm(), {"scale"}),
+        ("one alpha, and other rates", small, arm(rates=(5e-4, 1e-3)), {"scale"}),
+        ("alpha = 2r, and a third rate", small, arm(rates=(5e-4, 1e-3, 2e-3), alpha=32), {"alpha", "rates"}),
+        ("one alpha, a fixed rate for the second arm", small, arm(rates=(1e-3,)), {"scale", "rates"}),
+        ("alpha = 2r, twice the steps", small, arm(alpha=32, steps=200), {"alpha", "steps", "epochs"}),
+        ("alpha = 2r, half the batch, more steps", small, arm(alpha=32, steps=200, batch_size=4), {"alpha", "steps"}),
+        ("one alpha, half the data", small, arm(n=200), {"scale", "epochs"}),
+        ("one alpha, half the batch", small, arm(batch_size=4), {"scale", "epochs"}),
+        ("one alpha, other seeds", small, arm(seeds=(2, 3)), {"scale", "seeds"}),
+        ("one alpha, seeds in another order", small, arm(seeds=(1, 0))[::-1], {"scale"}),
+        ("one alpha, a longer last run", small, [*arm()[:-1], arm(steps=300)[-1]], {"scale", "steps", "epochs"}),
+        ("both alphas in both arms", small + arm(rank=4, alpha=32), arm() + arm(alpha=32), {"scale"}),
+        ("alpha and scale both different", small, arm(alpha=64), {"alpha", "scale"}),
+    ]
+
+
+def check_design(design: Any) -> None:
+    """Checks `design(ranks, alphas, rates, seconds, minutes) -> grid`: as many seeds as fit, never below three."""
+    for ranks, alphas, rates, seconds, minutes in DESIGNS:
+        settings = len(ranks) * len(alphas) * len(rates)
+        on = f"{len(ranks)} ranks, {len(alphas)} alphas, {len(rates)} rates, {seconds:g} s a run, {minutes:g} minutes"
+        fit = int(60 * minutes / (seconds * settings) + 1e-9)
+        try:
+            grid = ask(design, ranks, alphas, rates, seconds, minutes, on=on)
+        except CheckFailed as failed:
+            if fit < 3 and isinstance(failed.__cause__, ValueError):
+                continue
+            raise
+        require(fit >= 3, on, f"{fit} seeds fit, and three are needed: expected a ValueError")
+        require(isinstance(grid, dict), on, "expected a grid: a dict of parameter -> list of values")
+        require(sorted(grid) == ["alpha", "lr", "rank", "seed"], on, "expected exactly rank, alpha, lr and seed")
+        wanted = {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(range(fit))}
+        for name, values in wanted.items():
+            given = list(grid[name]) if isinstance(grid[name], list | tuple | range) else [grid[name]]
+            if name != "seed":
+                require({*map(str, given)} == {*map(str, values)}, on, f"{name} should be all that was given")
+                continue
+            hints = {
+                "a number is one seed: a list of them is needed": given == [fit],
+                "all settings need their runs: ranks times alphas times rates": len(given) > 2 * fit,
+                "the last one does not fit any more: round down": len(given) == fit + 1,
+                "one more fits": len(given) == fit - 1,
+            }
+            hint = next((f": {text}" for text, holds in hints.items() if holds), "")
+            require(given == values, on, f"seeds should be 0 to {fit - 1}, got {given[:12]}{hint}")
+        require(len(expand(grid)) == settings * fit, on, "some runs are there twice")
+    print("right: it fits, and three seeds are the least")

@@ -1,0 +1,1 @@
+"""Experiments: grids of runs, their records, intervals and figures."""

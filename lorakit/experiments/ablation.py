@@ -1,0 +1,193 @@
+"""The runs of an ablation: settings in, what the model has learnt out. For `sweep`, and for plans:
+
+function: lorakit.experiments.ablation:runs
+grid: {task: facts, rank: [1, 4, 16], alpha: 2r, lr: [3e-3, 1e-2], seed: [0, 1, 2]}
+together: [rank, alpha, lr, seed]
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.models.inject import count, inject
+from lorakit.models.load import load_model
+from lorakit.models.merge import remove
+from lorakit.tasks.facts import encoded, facts, known_facts, recall
+from lorakit.tasks.sql.task import generate
+from lorakit.training.batch import IGNORE, Example, encode
+from lorakit.training.evaluate import teacher_forced
+from lorakit.training.fit import History, fit
+from lorakit.training.fit_many import Spec, fit_many
+from lorakit.training.optim import OPTIMIZERS
+
+TESTED = 208  # questions about new tables
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is; any field may be a parameter of a grid.
+
+    Args:
+        task: "facts" to memorise, "sql", or a folder with `train.jsonl` and `test.jsonl`, one object with `prompt` and
+            `completion` a line.
+        n: training examples: the first n of the task's; 0 for all.
+        level: of the SQL task, 1 to 4.
+        model: name or folder, as for `load_model`.
+        rank: of the adapters; 0 for full fine-tuning.
+        alpha: a number, or a multiple of the rank such as "2r".
+        lr, steps, batch_size, loraplus_ratio: as for `fit`.
+        seed: of the facts, the start of A, the data's order and dropout.
+        targets, scaling, dropout: as for `inject`; targets may be a list in a list of a grid.
+        optimizer: one of `OPTIMIZERS`.
+    """
+
+    task: str = "facts"
+    n: int = 0
+    level: int = 1
+    model: str = "tiny"
+    rank: int = 8
+    alpha: float | str = "2r"
+    lr: float = 1e-2
+    seed: int = 0
+    steps: int = 200
+    batch_size: int = 8
+    targets: str | Sequence[str] = "all-linear"
+    scaling: str = "lora"
+    dropout: float = 0.0
+    optimizer: str = "adamw"
+    loraplus_ratio: float = 1.0
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"expected an optimizer of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if isinstance(self.alpha, str) and not re.fullmatch(r"\d*\.?\d*r", self.alpha):
+            raise ValueError(f"expected alpha as a number or a multiple of the rank such as '2r', got {self.alpha!r}")
+
+    @property
+    def scale_alpha(self) -> float:
+        """alpha as a number."""
+        return float(self.alpha[:-1] or 1) * self.rank if isinstance(self.alpha, str) else self.alpha
+
+    @property
+    def spec(self) -> Spec | None:
+        """The run as `fit_many` takes it; None if it cannot."""
+        plain = self.rank and not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
+        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
+        return Spec(self.rank, self.scale_alpha, self.lr, self.seed, targets, self.scaling) if plain else None
+
+
+def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trains and tests once for every setting, several adapters at once where `fit_many` can.
+
+    Args:
+        settings: fields of `Setting`; those together in one call have task, n, level, model, steps and batch_size in
+            common.
+
+    Returns:
+        for each `correct`, the share of test completions that the model gives exactly, in [0, 1]; `loss` on them, in
+        nats a token; `train_loss`, of the last tenth of the steps; `trainable` parameters; for facts `known`, the
+        share of those that the base knew and still gives. The test of facts is on the facts that were taught.
+
+    Raises:
+        TypeError, ValueError: a setting is unknown or impossible.
+        FloatingPointError: a run diverged.
+    """
+    chosen = [Setting(**setting) for setting in settings]
+    model, tokenizer = load_model(chosen[0].model)
+    data = [examples(each, tokenizer) for each in chosen]
+    shared = {"steps": chosen[0].steps, "batch_size": chosen[0].batch_size, "show": False}
+    specs = [each.spec for each in chosen]
+    if len(specs) > 1 and all(specs):
+        found = []
+        for fitted, (_, test) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
+            if fitted.error:
+                raise FloatingPointError(fitted.error)
+            trainable = fitted.attach(model).trainable
+            found.append(_tested(model, tokenizer, chosen[0], test, fitted.history, trainable))
+            remove(model)
+        return found
+    return [_one(each, *own, shared) for each, own in zip(chosen, data, strict=True)]
+
+
+def run(**setting: Any) -> dict[str, Any]:
+    """One run of `runs`, for grids whose runs are not made together."""
+    return runs([setting])[0]
+
+
+def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """What a run is taught, and what it is tested on.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks a file.
+        ValueError: there are fewer than n examples, or a line is not one.
+    """
+    if setting.task == "facts":
+        taught = encoded(tokenizer, facts(setting.n or 48, setting.seed))
+        return taught, taught
+    if setting.task == "sql":
+        splits = [_questions("train", None, setting.level), _questions("tables", TESTED, setting.level)]
+        train, test = ([encode(tokenizer, item.prompt, item.completion) for item in items] for items in splits)
+    else:
+        train, test = (_read(Path(setting.task, f"{part}.jsonl"), tokenizer) for part in ("train", "test"))
+    if not setting.n <= len(train):
+        raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
+    return train[: setting.n or None], test
+
+
+_questions = cache(lambda split, n, level: generate(split, n, level=level))
+
+
+def _read(path: Path, tokenizer: Any) -> list[Example]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            found.append(encode(tokenizer, row["prompt"], row["completion"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected an object with prompt and completion in {path}, line {number}: {error}"
+            ) from None
+    return found
+
+
+def _one(setting: Setting, taught: list[Example], test: list[Example], shared: dict[str, Any]) -> dict[str, Any]:
+    model, tokenizer = load_model(setting.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        if setting.rank:
+            own = {"dropout": setting.dropout, "scaling": setting.scaling}
+            inject(model, setting.rank, setting.scale_alpha, setting.targets, **own)
+        else:
+            model.requires_grad_(True)
+    history = fit(
+        model,
+        taught,
+        lr=setting.lr,
+        seed=setting.seed,
+        loraplus_ratio=setting.loraplus_ratio,
+        optimizer=OPTIMIZERS[setting.optimizer],
+        **shared,
+    )
+    return _tested(model, tokenizer, setting, test, history, count(model).trainable)
+
+
+def _tested(
+    model: nn.Module, tokenizer: Any, setting: Setting, test: list[Example], history: History, trainable: int
+) -> dict[str, Any]:
+    scores = teacher_forced(model, test, batch_size=256 if setting.task == "facts" else 32, show=False)
+    tokens = sum(label != IGNORE for example in test for label in example.labels[1:])
+    found = {
+        "correct": fmean(exact for exact, _ in scores),
+        "loss": sum(nats for _, nats in scores) / tokens,
+        "train_loss": fmean(history.loss[-max(1, len(history.loss) // 10) :]),
+        "trainable": trainable,
+    }
+    return found | ({"known": recall(model, tokenizer, known_facts())} if setting.task == "facts" else {})

@@ -1,0 +1,156 @@
+"""The course's figures: each function draws on an axis and returns it."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from matplotlib.axes import Axes
+
+from lorakit.experiments.stats import mean_interval
+
+# Paul Tol's "bright" scheme, safe for the colour-blind
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+GREY = "#bbbbbb"
+
+
+def style(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:
+    """Gives an axis its title and labels, a light grid and no box."""
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def plot_loss(losses: Mapping[str, Sequence[float]], ax: Axes, title: str = "") -> Axes:
+    """Draws training losses, in nats a labelled token, against the step, one line a run."""
+    for (label, values), colour in zip(losses.items(), COLOURS, strict=False):
+        ax.plot(range(1, len(values) + 1), values, color=colour, label=label)
+    ax.set_ylim(bottom=0)
+    if len(losses) > 1:
+        ax.legend(frameon=False)
+    return style(ax, title, "optimiser step", "loss (nats a token)")
+
+
+def plot_accuracy(arms: Mapping[str, Mapping[str, tuple[float, float, float]]], ax: Axes, title: str = "") -> Axes:
+    """Draws accuracies with their intervals, one group of bars a split and one colour an arm.
+
+    Args:
+        arms: arm -> split -> (share, low, high), as `stats.accuracy_interval` returns it.
+        ax: where to draw.
+        title: the question that the figure answers.
+    """
+    width = 0.8 / len(arms)
+    for i, ((label, splits), colour) in enumerate(zip(arms.items(), COLOURS, strict=False)):
+        places = [k + (i - (len(arms) - 1) / 2) * width for k in range(len(splits))]
+        share, low, high = ([100 * values[k] for values in splits.values()] for k in range(3))
+        errors = [[s - lo for s, lo in zip(share, low, strict=True)], [h - s for s, h in zip(share, high, strict=True)]]
+        ax.bar(places, share, 0.92 * width, yerr=errors, capsize=3, color=colour, ecolor="#333333", label=label)
+        for place, value, top in zip(places, share, high, strict=True):
+            ax.text(place, top + 1.5, f"{value:.0f}", ha="center")
+    ax.set_xticks(range(len(splits)), list(splits))
+    ax.set_ylim(0, 112)
+    ax.set_yticks(range(0, 101, 20))
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, "", "right answers (%), 95 % interval")
+
+
+def plot_energy(spectra: Mapping[str, Sequence[float]], ax: Axes, title: str = "") -> Axes:
+    """Draws the share of a matrix's energy in its k largest singular directions against k, one line a matrix.
+
+    Args:
+        spectra: label -> captured energy, in [0, 1], of 1, 2, 3, ... directions.
+        ax: where to draw.
+        title: the question that the figure answers.
+    """
+    for (label, shares), colour in zip(spectra.items(), (*COLOURS[:2], GREY, *COLOURS[2:]), strict=False):
+        ax.plot(range(1, len(shares) + 1), [100 * share for share in shares], color=colour, label=label, lw=2)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.set_ylim(0, 104)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, "directions kept, k", "captured energy (%)")
+
+
+def plot_against(
+    arms: Mapping[str, Mapping[int, tuple[float, float, float]]], ax: Axes, title: str = "", xlabel: str = "rank k"
+) -> Axes:
+    """Draws accuracies with their intervals against a size on a logarithmic axis, one line an arm.
+
+    Args:
+        arms: arm -> size -> (share, low, high), as `stats.accuracy_interval` returns it.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: the size, with its unit.
+    """
+    for (label, points), colour in zip(arms.items(), COLOURS, strict=False):
+        sizes = sorted(points)
+        share, low, high = ([100 * points[size][k] for size in sizes] for k in range(3))
+        ax.plot(sizes, share, "o-", color=colour, label=label, lw=2)
+        ax.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.set_ylim(-3, 103)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, xlabel, "right answers (%), 95 % interval")
+
+
+def plot_similarity(
+    grid: Sequence[Sequence[float]], ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "", most: float = 1.0
+) -> Axes:
+    """Draws subspace similarities as a map: entry (i - 1, j - 1) compares the first i with the first j directions.
+
+    Args:
+        grid: similarities, in [0, 1]: 0 for orthogonal subspaces, 1 if one holds the other.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: whose directions j counts.
+        ylabel: whose directions i counts.
+        most: the similarity that is drawn darkest.
+    """
+    image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=most, aspect="auto", origin="lower")
+    rows, columns = len(grid), len(grid[0])
+    ax.set_yticks(range(rows), range(1, rows + 1))
+    ax.set_xticks(range(columns), range(1, columns + 1))
+    ax.figure.colorbar(image, ax=ax, label="similarity")
+    style(ax, title, xlabel, ylabel).grid(visible=False)
+    return ax
+
+
+def plot_seeds(
+    arms: Mapping[str, Mapping[float | str, Sequence[float]]], ax: Axes, title: str = "", xlabel: str = ""
+) -> Axes:
+    """Draws every run as a dot, with the mean of each setting and its interval (Student's t), one colour an arm.
+
+    Args:
+        arms: arm -> setting -> shares in [0, 1], one a seed. Settings that are numbers get a logarithmic axis, names
+            one place each.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: what the settings are.
+    """
+    settings = list(dict.fromkeys(setting for points in arms.values() for setting in points))
+    named = any(isinstance(setting, str) for setting in settings)
+    settings = settings if named else sorted(settings)
+    for i, ((label, points), colour) in enumerate(zip(arms.items(), COLOURS, strict=False)):
+        aside = 0.1 * (i - (len(arms) - 1) / 2)  # arms beside each other
+        order = [setting for setting in settings if setting in points]
+        where = [settings.index(s) + 2 * aside if named else s * 2**aside for s in order]
+        for place, setting in zip(where, order, strict=True):
+            shares = points[setting]
+            ax.plot([place] * len(shares), [100 * share for share in shares], ".", color=colour, alpha=0.6, ms=5)
+            if len(shares) > 1:
+                _, low, high = mean_interval(shares)
+                ends = [100 * max(low, 0), 100 * min(high, 1)]
+                ax.plot([place] * 2, ends, color=colour, lw=5, alpha=0.25, solid_capstyle="butt")
+        means = [100 * fmean(points[setting]) for setting in order]
+        ax.plot(where, means, "_" if named else "-", color=colour, label=label, ms=14, mew=2, lw=1.5)
+    if named:
+        ax.set_xticks(range(len(settings)), settings)
+    else:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(settings, [f"{setting:g}" for setting in settings])
+        ax.minorticks_off()
+    ax.set_ylim(-3, 103)
+    if len(arms) > 1:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, xlabel, "right answers (%), 95 % interval")

@@ -1,0 +1,79 @@
+"""What may be wrapped: linear layers of any kind, their shape, and how their frozen weight is read."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorakit.layers.bnb import dequantized, is_linear4bit
+
+Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes it whenever it is needed
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for GPT-2's `Conv1D`, a linear layer that stores its weight as (d_in, d_out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """True if somebody has hooks on the module, or has replaced its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
+    """The weight with which `lora_linear` may stand for calling `base(x)`, None where only the call will do.
+
+    A layer with hooks, a replaced `forward`, weights that train or are of a tensor subclass, or an input in another
+    dtype, as under autocast, must be called. A class that stores its weight otherwise can offer `frozen_weight(dtype)`,
+    which returns W (d_out, d_in) in that dtype, as NF4Linear does. bitsandbytes' 4-bit layers are known too.
+    """
+    if is_watched(base) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if torch._C._are_functorch_transforms_active() or any(p.requires_grad for p in base.parameters()):
+        return None
+    bias = getattr(base, "bias", None)
+    if (hasattr(base, "frozen_weight") or is_linear4bit(base)) and bias is not None and bias.dtype != x.dtype:
+        return None
+    if hasattr(base, "frozen_weight"):
+        return partial(base.frozen_weight, x.dtype)
+    if is_linear4bit(base):
+        return partial(dequantized, base, x.dtype) if base.compute_dtype in (None, x.dtype) else None
+    if not (type(base) is nn.Linear or is_conv1d(base)) or type(base.weight) is not nn.Parameter:
+        return None
+    W = base.weight.detach()
+    return (W.T if is_conv1d(base) else W) if W.dtype == x.dtype and W.is_floating_point() else None
+
+
+def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a linear-like layer, whichever way it is stored, in `dtype`.
+
+    Raises:
+        ValueError: it is quantised in a way that is not known here.
+    """
+    if hasattr(base, "frozen_weight"):
+        return base.frozen_weight(dtype)
+    if is_linear4bit(base):
+        return dequantized(base, dtype)
+    if not base.weight.is_floating_point():
+        raise ValueError(f"expected a weight that can be read, got {type(base).__name__} of {base.weight.dtype}")
+    W = base.weight.detach().to(dtype)
+    return W.T if is_conv1d(base) else W
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """The (d_out, d_in) of a linear-like module: `nn.Linear`, its quantised relatives, or GPT-2's `Conv1D`.
+
+    Raises:
+        ValueError: the module is not linear-like, or other code reads its weight past its `forward`.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise ValueError("expected a linear layer that is called, got nn.MultiheadAttention's out_proj, which is not")
+    if is_conv1d(module):
+        d_in, d_out = module.weight.shape
+        return d_out, d_in
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    raise ValueError(f"expected a linear-like module (in_features, out_features), got {type(module).__name__}")

@@ -1,0 +1,118 @@
+"""LoRA that starts inside the weight: `W = R + s B A`, R frozen (PiSSA, Meng et al. 2024, arXiv:2404.02948).
+
+Plain LoRA starts at `B = 0`, in random directions. Here A and B start as a part of W, and what is left of W, the
+residual R, becomes the frozen base: the output is at first the same to rounding, and that part is what trains.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorakit.layers.bases import dense_weight, is_conv1d
+from lorakit.layers.bnb import is_linear4bit
+from lorakit.layers.lora import LoRALinear
+from lorakit.layers.lowrank import truncated_svd
+
+Factors = tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]
+
+
+def pissa_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float, niter: int | None = None) -> Factors:
+    """B and A with `s B A` the best approximation of W of this rank, its singular values shared between them evenly.
+
+    Args:
+        W: the pretrained weight.
+        rank: from 1 to min(d_out, d_in).
+        scale: s > 0.
+        niter: None for the exact SVD; else that many power iterations of a randomised one (Halko et al. 2011,
+            arXiv:0909.4061), which draws random numbers and is many times faster on large matrices.
+    """
+    if niter is None:
+        U, S, Vh = truncated_svd(W, rank)
+    else:
+        U, S, V = torch.svd_lowrank(W, rank, niter)
+        Vh = V.T
+    root = (S / scale).sqrt()
+    return U * root, root[:, None] * Vh
+
+
+def olora_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float) -> Factors:
+    """The first columns of Q and rows of R in `W = Q R`: B orthonormal (OLoRA, Büyükakyüz 2024, arXiv:2406.01775)."""
+    Q, R = torch.linalg.qr(W)
+    return Q[:, :rank], R[:rank]
+
+
+class PiSSALinear(LoRALinear):
+    """A LoRALinear that starts with a part of the base's weight in A and B, over the residual.
+
+    The layer that it is given stays as it is; `base` is a copy that holds the residual. `delta_weight` is what is added
+    to that one, and `learned_weight` what training has changed. An adapter file holds plain LoRA of twice the rank,
+    which fits the original weight.
+
+    Args:
+        base: the layer to adapt, with a floating-point weight. For 4 bits, `quantize_model` the model afterwards.
+        rank: inner dimension r, from 1 to min(d_out, d_in).
+        alpha: numerator of the scale s.
+        dropout: as for LoRALinear; in training it drops parts of W, too.
+        scaling: as for LoRALinear.
+        start: called as `start(W, rank, scale)`, returns B and A; `olora_start` makes it OLoRA.
+
+    Raises:
+        ValueError: a setting is out of range, or the base is quantised.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        scaling: str | Callable[[float, int], float] = "lora",
+        start: Callable[..., Factors] = pissa_start,
+    ):
+        super().__init__(base, rank, alpha, dropout, scaling)
+        if hasattr(base, "frozen_weight") or is_linear4bit(base) or not base.weight.is_floating_point():
+            raise ValueError(f"expected a floating-point base, got {type(base).__name__}: inject first, then quantise")
+        if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
+            raise ValueError(f"expected rank <= min(d_out, d_in) and scale > 0, got {rank} and {self.scale:g}")
+        with torch.no_grad():
+            B, A = start(dense_weight(base, self.A.dtype), rank, self.scale)
+            self.A.copy_(A)
+            self.B.copy_(B)
+            self.register_buffer("A0", self.A.detach().clone())
+            self.register_buffer("B0", self.B.detach().clone())
+            self.base = _plus(base, -self.scale * self.B @ self.A)
+
+    @torch.no_grad()
+    def learned_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """What training has changed of the pretrained weight: `s (B A - B0 A0)`, B0 and A0 as they started."""
+        return self.scale * (self.B @ self.A - self.B0 @ self.A0)
+
+    @torch.no_grad()
+    def removed(self) -> nn.Module:
+        """The layer without what it has learned: a copy of the base with `R + s B0 A0`, which is W to rounding.
+
+        Raises:
+            ValueError: the residual has been quantised, so that W is lost.
+        """
+        if not self.base.weight.is_floating_point() or is_linear4bit(self.base):
+            raise ValueError(
+                f"expected a floating-point residual, got {type(self.base).__name__}: W cannot be had back"
+            )
+        return _plus(self.base, self.scale * self.B0 @ self.A0)
+
+    @torch.no_grad()
+    def as_lora(self) -> tuple[Float[Tensor, "double d_in"], Float[Tensor, "d_out double"]]:
+        """A and B, of twice the rank, of the plain LoRA with the same scale s that has learned the same over W."""
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+
+
+def _plus(layer: nn.Module, delta: Tensor) -> nn.Module:
+    """A copy of a linear layer with `weight + delta`, summed in delta's dtype and rounded once to the weight's."""
+    W = layer.weight
+    delta = delta.T if is_conv1d(layer) else delta
+    new = copy.deepcopy(layer, {id(W): W})  # a copy of all but the weight
+    new.weight = nn.Parameter((W.detach().to(delta.dtype) + delta).to(W.dtype), requires_grad=False)
+    return new

@@ -1,0 +1,1 @@
+"""Adapters as updates of weights: added, compressed, merged, exported."""

@@ -1,0 +1,114 @@
+"""A base and an adapter become one plain model in a folder, checked before it gets its name."""
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit._optional import quiet
+from lorakit.models.load import load_model
+from lorakit.models.merge import merge
+from lorakit.models.save_load import load_adapter
+from lorakit.training.batch import Example
+from lorakit.training.evaluate import kl_divergence, log_probabilities
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NEAR = 1e-3  # nats a token: below this two models give the same answers but for ties
+SHARE = 0.1  # of the adapter's own effect that rounding may cost
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A merged model in a folder, and how near it is to the unmerged one, in nats a token (Kullback-Leibler)."""
+
+    folder: Path
+    dtype: torch.dtype
+    effect: float  # of the adapter: from the unmerged model to the base
+    error: float  # of merging and rounding: from the unmerged model to the folder's
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.folder}: {kind}, KL to the unmerged model {self.error:.1e} (to the base {self.effect:.1e})"
+
+
+@torch.no_grad()
+def export_merged(
+    base: str | os.PathLike, adapter: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto"
+) -> Exported:
+    """Merges a saved adapter into its base and saves the plain model with its tokenizer, for any transformers.
+
+    The sum W + s B A is made in float32 and rounded once. The folder is written under another name, loaded again, and
+    compared with the unmerged model on random tokens; only then it gets its name.
+
+    Args:
+        base: as for `load_model`.
+        adapter: a folder with LoRA, rsLoRA or DoRA, as for `load_adapter`.
+        out: the new folder; its parents are made.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the base's own.
+
+    Raises:
+        FileExistsError: there is something at `out`; it stays as it is.
+        FileNotFoundError, AdapterError: no base or adapter, or they do not fit.
+        ValueError: another dtype, or the merged model is not the unmerged one's equal: what it loses is more than
+            0.001 nats a token and more than a tenth of what the adapter does. Nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"expected a new folder, got {str(out)!r}, which exists")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"expected dtype auto, {', '.join(DTYPES)}, got {dtype!r}")
+    model, tokenizer = load_model(base)
+    chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
+    probe = _probe(model)
+    plain = log_probabilities(model, probe)
+    load_adapter(model, adapter)
+    unmerged = log_probabilities(model, probe)
+    made = [parent for parent in out.parents if not parent.exists()]  # from the inside out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _save(merge(model).to(chosen), tokenizer, draft)
+        del model
+        merged = log_probabilities(load_model(draft, chosen)[0], probe)
+        found = Exported(out, chosen, kl_divergence(unmerged, plain), kl_divergence(unmerged, merged))
+        if not found.error <= max(NEAR, SHARE * found.effect):
+            raise ValueError(f"expected the unmerged model's answers, got others: {found}; nothing was saved")
+        for file in draft.iterdir():
+            file.chmod(0o644)  # safetensors are written for their owner alone
+        draft.chmod(0o755)
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not out.exists():
+            for parent in made:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
+    return found
+
+
+def _own_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the base's files have, by its config, read anew: loading has overwritten it in the model."""
+    from transformers import AutoConfig
+
+    with quiet():
+        own = getattr(AutoConfig.from_pretrained(model.config._name_or_path), "dtype", None)
+    return own if own in DTYPES.values() else torch.float32
+
+
+def _probe(model: nn.Module) -> list[Example]:
+    """Random tokens, each of which is to be predicted; the same for every model with that vocabulary."""
+    size = model.config.get_text_config().vocab_size
+    rows = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Example(row, row) for row in rows]
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

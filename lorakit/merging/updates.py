@@ -1,0 +1,126 @@
+"""What adapters change, layer by layer, whatever their ranks, scaling rules and files; read, and put back."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorakit.layers.bases import linear_shape
+from lorakit.layers.dora import DoRALinear
+from lorakit.layers.lora import SCALINGS, LoRALinear
+from lorakit.layers.pissa import PiSSALinear
+from lorakit.models.inject import Count, adapters, check_plain, wrap
+from lorakit.models.peft_files import AdapterError, read_adapter
+from lorakit.models.save_load import PREFIX, pattern_value
+
+
+@dataclass(frozen=True)
+class Update:
+    """The change of one weight by its factors: `dW = B A`, with the scale in B; `rank` may be any."""
+
+    B: Float[Tensor, "d_out rank"]
+    A: Float[Tensor, "rank d_in"]
+
+    @property
+    def rank(self) -> int:
+        """How many columns B has; the matrix's rank may be less."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_out and d_in."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+        """The change itself."""
+        return self.B @ self.A
+
+
+Updates = Mapping[str, Update]  # by the name of the layer
+
+
+def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
+    """The changes that a model's adapters make, or those of a saved adapter, lorakit's or PEFT's, without its model.
+
+    Args:
+        source: a model with LoRALinear or PiSSALinear layers, or a folder; any rank, alpha and scaling rule by layer.
+
+    Returns:
+        layer -> its change, detached, in float32 or wider.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterError: the files are damaged, or hold something else than LoRA.
+        ValueError: there are no adapters, or they are DoRA's, whose change depends on the base's weight.
+    """
+    found = _from_model(source) if isinstance(source, nn.Module) else _from_folder(Path(source))
+    if not found:
+        raise ValueError("expected adapters, got none")
+    return {name: Update(scale * _wide(B), _wide(A)) for name, (A, B, scale) in found.items()}
+
+
+def attach(model: nn.Module, updates: Updates) -> Count:
+    """Puts updates into a plain model as LoRALinear layers of scale 1, to be run, saved, merged or trained further.
+
+    Raises:
+        ValueError: the model carries adapters, lacks a layer, or has it in another shape. The model is then as it was.
+    """
+    check_plain(model)
+    for name, update in updates.items():
+        try:
+            shape = linear_shape(model.get_submodule(name))
+        except (AttributeError, ValueError):
+            raise ValueError(f"expected linear layers of the model, got {name!r}") from None
+        if shape != update.shape:
+            raise ValueError(f"expected an update of shape {shape} for layer {name!r}, got {update.shape}")
+
+    def make(name: str, base: nn.Module) -> LoRALinear:
+        layer = LoRALinear(base, updates[name].rank, float(updates[name].rank))
+        with torch.no_grad():
+            layer.A.copy_(updates[name].A)
+            layer.B.copy_(updates[name].B)
+        return layer
+
+    return wrap(model, updates, make)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
+    found = {}
+    for name, layer in adapters(model).items():
+        if not isinstance(layer, LoRALinear) or isinstance(layer, DoRALinear):
+            raise ValueError(f"expected LoRA, got {type(layer).__name__} for layer {name!r}: its change depends on W")
+        A, B = layer.as_lora() if isinstance(layer, PiSSALinear) else (layer.A, layer.B)
+        found[name] = (A, B, layer.scale)
+    return found
+
+
+def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    tensors, config = read_adapter(folder)
+    if config.get("use_dora"):
+        raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
+    rule = SCALINGS["rslora" if config.get("use_rslora") else "lora"]
+    found = {}
+    for key, A in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        other = key.replace("lora_A", "lora_B") if match and match[2] == "A" else key.replace("lora_B", "lora_A")
+        if match is None or other not in tensors or A.ndim != 2:
+            raise AdapterError(f"expected lora_A and lora_B of linear layers, got {key!r}")
+        if match[2] == "A":
+            rank = pattern_value(config.get("rank_pattern"), match[1], config.get("r"))
+            alpha = pattern_value(config.get("alpha_pattern"), match[1], config.get("lora_alpha"))
+            if (B := tensors[other]).ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
+                raise AdapterError(f"expected factors of rank {rank} for layer {match[1]!r}")
+            if type(alpha) not in (int, float):
+                raise AdapterError(f"expected a number as lora_alpha, got {alpha!r}")
+            found[match[1]] = (A, B, rule(alpha, rank))
+    return found

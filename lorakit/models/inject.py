@@ -1,0 +1,122 @@
+"""Put adapters into any model, count what trains, and take them out again: merged or removed."""
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakit.layers.lora import LoRALinear
+from lorakit.models.targets import find_targets
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters; a weight that two modules share counts once."""
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Share of the parameters that train, in percent."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.2f} %)"
+
+
+def count(model: nn.Module) -> Count:
+    """Counts the trainable and all parameters of a model, adapters included."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return Count(sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes))
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """True for a module that wraps a `base` and can return it `merged()`: LoRALinear, or a reader's own layer."""
+    return isinstance(getattr(module, "base", None), nn.Module) and callable(getattr(module, "merged", None))
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapters in a model by the name of the layer each one wraps, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_adapter(module)}
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """The `id` of every parameter that the model holds in more than one place."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {place for place, times in uses.items() if times > 1}
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuses a model that carries an adapter, lorakit's or PEFT's."""
+    if adapters(model):
+        raise ValueError("expected a plain model, got one with adapters: call merge() or remove() first")
+    if hasattr(model, "peft_config") or any(name.endswith("lora_A") for name, _ in model.named_modules()):
+        raise ValueError("expected a plain model, got one that PEFT has adapted: call its unload() first")
+
+
+def replace(model: nn.Module, modules: dict[nn.Module, nn.Module]) -> None:
+    """Puts each new module wherever the model has the old one, in place."""
+    for parent, child, module in places(model, modules):
+        setattr(parent, child, modules[module])
+
+
+def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every place at which a model holds one of `modules`, as (parent, name in it, module)."""
+    found = []
+    for parent in model.modules():
+        found += [(parent, child, module) for child, module in parent._modules.items() if module in modules]
+    return found
+
+
+def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> Count:
+    """Replaces each named layer by `make(name, layer)` and freezes everything but the new parameters.
+
+    All new modules are made before the first is put in, so that an error leaves the model as it was. A layer that is
+    registered under several names gets one adapter, seen under all of them.
+    """
+    check_plain(model)
+    grads = {p: p.requires_grad for p in model.parameters()}
+    made: dict[nn.Module, nn.Module] = {}
+    try:
+        for name in names:
+            base = model.get_submodule(name)
+            if base not in made:
+                made[base] = make(name, base)
+    except BaseException:
+        for parameter, grad in grads.items():
+            parameter.requires_grad_(grad)
+        raise
+    model.requires_grad_(False)
+    replace(model, made)
+    return count(model)
+
+
+def inject(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: str | Iterable[str] = "all-linear",
+    layer: Callable[..., nn.Module] = LoRALinear,
+    **settings,
+) -> Count:
+    """Wraps the chosen linear layers of a model in adapters and freezes the rest, in place.
+
+    Args:
+        model: any module: Llama-like, GPT-2 with its Conv1D, BERT, or the reader's own.
+        rank: inner dimension of every adapter.
+        alpha: numerator of the scale.
+        targets: which layers, as in `find_targets`.
+        layer: the adapter's class, called as `layer(base, rank, alpha, **settings)`.
+        settings: passed on, for LoRALinear `dropout` and `scaling`.
+
+    Returns:
+        how many parameters train, and of how many.
+
+    Raises:
+        ValueError: the model carries adapters, a target matches nothing, or a setting is out of range. The model is
+            then as it was.
+    """
+    check_plain(model)
+    return wrap(model, find_targets(model, targets), lambda _, base: layer(base, rank, alpha, **settings))

@@ -1,0 +1,96 @@
+"""A model's linear layers in four bits, and back."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lorakit.layers.bases import dense_weight, is_conv1d
+from lorakit.layers.bnb import is_linear4bit, keep_order
+from lorakit.layers.nf4_linear import NF4Linear
+from lorakit.models.inject import adapters, check_plain, replace, shared_weights
+from lorakit.models.targets import find_targets
+
+
+def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings) -> nn.Module:
+    """Replaces linear layers by NF4Linear, in place, one by one: never more than one weight is there twice.
+
+    Adapters come afterwards: `lorakit.inject(quantize_model(model), rank, alpha)` is QLoRA. What is not replaced keeps
+    its dtype: embeddings, norms, the output head. In a model that has adapters already, the bases under them are
+    replaced: for PiSSA, whose residual suffers less from rounding than the weight.
+
+    Args:
+        model: plain, or with lorakit's adapters and all of their bases to be quantised; on any device.
+        targets: which layers, as in `find_targets`. Layers that are in four bits already stay as they are.
+        settings: for NF4Linear: `block_size`, `double_quant`, `codebook`.
+
+    Returns:
+        the same object.
+
+    Raises:
+        ValueError: the model has adapters and targets are named, a target matches nothing or shares its weight, or a
+            setting is out of range.
+    """
+    shared, wrapped = shared_weights(model), adapters(model)
+    if wrapped and targets == "all-linear":
+        layers = {name: layer.base for name, layer in wrapped.items()}
+    else:
+        check_plain(model)
+        layers = {name: model.get_submodule(name) for name in find_targets(model, targets)}
+    layers = {name: each for name, each in layers.items() if not (isinstance(each, NF4Linear) or is_linear4bit(each))}
+    for name, each in layers.items():
+        if not (type(each) is nn.Linear or is_conv1d(each)) or not each.weight.is_floating_point():
+            raise ValueError(f"expected nn.Linear or Conv1D layers, got {type(each).__name__} at {name}")
+        if id(each.weight) in shared:
+            raise ValueError(
+                f"expected weights of their own, but that of {name} is shared: leave it out of the targets"
+            )
+        if not each.weight.isfinite().all():
+            raise ValueError(f"expected finite weights, got NaN or infinity in {name}")
+    if layers:
+        NF4Linear(nn.Linear(2, 2), **settings)  # settings out of range are refused before anything is replaced
+    for each in layers.values():
+        replace(model, {each: NF4Linear(each, **settings)})
+    return model
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces every 4-bit layer, lorakit's or bitsandbytes', by a plain one with the weight that its codes mean.
+
+    With adapters on them, `merge` works afterwards: the update then goes into weights that can hold it.
+
+    Args:
+        model: with 4-bit layers, plain or adapted.
+        dtype: of the weights; that of the original if None.
+
+    Returns:
+        the same object.
+
+    Raises:
+        ValueError: the model has no 4-bit layer, or bitsandbytes has repacked one.
+    """
+    found = [m for m in model.modules() if isinstance(m, NF4Linear) or is_linear4bit(m)]
+    if not found:
+        raise ValueError("expected a model with 4-bit layers, got none")
+    for each in found:
+        if is_linear4bit(each):
+            keep_order(each)
+    for each in found:
+        replace(model, {each: _plain(each, dtype)})
+    return model
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """An `nn.Linear`, or a `Conv1D` if that is what was quantised: the model must save what it would have saved."""
+    dtype = dtype or (layer.dtype if isinstance(layer, NF4Linear) else layer.weight.quant_state.dtype)
+    W = dense_weight(layer, dtype)
+    source = getattr(layer, "source_cls", nn.Linear)
+    if source.__name__ == "Conv1D":
+        plain, W = source(layer.out_features, layer.in_features), W.T.contiguous()
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(W, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return plain.train(layer.training)

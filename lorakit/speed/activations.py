@@ -1,0 +1,150 @@
+"""A model's own layers with less kept for the backward pass: what a LoRA step holds is mostly theirs.
+
+Gated feed-forward blocks, `down(silu(gate(x)) * up(x))`, are the largest part of what a step of a Llama-like model
+keeps. Here two of their four wide tensors stay; `silu(gate)` and the product are made again in the backward pass, which
+costs two cheap operations and saves half of the memory of the block.
+
+RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) keeps its output, which the next layer keeps anyway:
+
+    y = w * x / rms(x), rms(x) = sqrt(mean(x^2) + eps)        dx = (w * dy - y / w * mean(dy * y)) / rms(x)
+
+The backward pass needs no x: neither the norm nor anything else then holds on to the sum that runs past the layers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.layers.bases import frozen_weight, is_watched, linear_shape
+from lorakit.layers.lora import LoRALinear
+
+PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+@torch.no_grad()
+def lean_gated(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The same forward with less kept, None if the module is no gated block whose down-projection is adapted.
+
+    It is taken for one by its parts' names, and because it answers an input as the formula does. Blocks with hooks on
+    their parts, or another activation, are not.
+    """
+    if not all(isinstance(getattr(block, part, None), nn.Module) for part in PARTS):
+        return None
+    act, down, up = block.act_fn, block.down_proj, block.up_proj
+    if is_watched(act) or is_watched(down) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
+        return None
+    W = down.base.weight
+    dtype = W.dtype if W.is_floating_point() else getattr(down.base, "compute_dtype", down.A.dtype)
+    if dtype is None:  # bitsandbytes takes the first input's
+        return None
+    try:
+        d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
+        x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, dtype)
+        with torch.random.fork_rng():  # dropout must not notice
+            same = torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
+    except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
+        return None
+    return partial(_gated_forward, block) if same else None
+
+
+def _gated_forward(block: nn.Module, x: Tensor) -> Tensor:
+    """The block's output, from `_GatedDown` where that may stand for the down-projection."""
+    down, gate, up = block.down_proj, block.gate_proj(x), block.up_proj(x)
+    if down.drops or not torch.is_grad_enabled() or (W := frozen_weight(down.base, gate)) is None:
+        return down(block.act_fn(gate) * up)
+    return _GatedDown.apply(gate, up, down.A, down.B, W, down.bias, down.scale)
+
+
+class _GatedDown(torch.autograd.Function):
+    """`lora_linear(silu(g) * u, ...)` that keeps g and u, and neither silu(g) nor the product."""
+
+    @staticmethod
+    def forward(ctx, g, u, A, B, weight, bias, scale):
+        W, p = weight() if callable(weight) else weight, F.silu(g).mul_(u).flatten(0, -2)  # (n, d_in)
+        a, b = A.to(p.dtype), B.to(p.dtype)
+        xa = p @ a.T  # (n, rank)
+        y = F.linear(p, W, bias).addmm_(xa, b.T, alpha=scale)  # (n, d_out)
+        ctx.save_for_backward(g, u, A, a, b, xa, *([] if callable(weight) else [W]))
+        ctx.weight, ctx.scale, ctx.dtype = weight if callable(weight) else None, scale, B.dtype
+        return y.view(*g.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        g, u, A, a, b, xa, *W = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])  # (n, d_out)
+        dxa = (dy @ b) * ctx.scale  # (n, rank)
+        dB = ((xa * ctx.scale).T @ dy).T.to(ctx.dtype)
+        dp = (dy @ (W[0] if W else ctx.weight())).addmm_(dxa, a).view(g.shape)
+        silu = F.silu(g)
+        dA = (dxa.T @ (silu * u).flatten(0, -2)).to(A.dtype)
+        dg = torch.ops.aten.silu_backward(dp * u, g)
+        return dg, dp.mul_(silu), dA, dB, None, None, None
+
+
+@torch.no_grad()
+def lean_norm(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The same forward with less kept, None if the module is no RMSNorm with a frozen float32 weight without zeros.
+
+    It is taken for one if it answers an input as the formula does, bit for bit.
+    """
+    w, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if type(w) is not nn.Parameter or w.ndim != 1 or w.dtype != torch.float32 or w.requires_grad:
+        return None
+    if not isinstance(eps, float) or len([*norm.parameters()]) > 1 or (w.abs() < 1e-6).any():
+        return None
+    x = torch.linspace(-2, 3, 2 * len(w), device=w.device).view(1, 2, len(w))
+    try:
+        same = torch.equal(norm(x), _RMSNorm.apply(x, w, eps))
+    except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
+        return None
+    return partial(_norm_forward, norm, w, eps) if same else None
+
+
+def _norm_forward(norm: nn.Module, w: Tensor, eps: float, x: Tensor) -> Tensor:
+    usual = x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    same = norm.weight is w and not w.requires_grad  # a wrapper may have changed the weight for this pass
+    return _RMSNorm.apply(x, w, eps) if usual and same else type(norm).forward(norm, x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # 1 / rms(x)
+        y = (x * r).mul_(w)
+        ctx.save_for_backward(y, r, w)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        y, r, w = ctx.saved_tensors
+        mean = (dy * y).mean(-1, keepdim=True)
+        return (dy * w).addcmul_(y / w, mean, value=-1).mul_(r), None, None
+
+
+@contextmanager
+def lean(model: nn.Module) -> Iterator[int]:
+    """While it is open, gated feed-forward blocks and RMSNorms compute the same, to rounding, with less memory.
+
+    Modules with hooks or a forward of their own stay as they are, and so does whatever does not answer a trial input as
+    the formulas above do.
+
+    Yields:
+        how many modules it is.
+    """
+    found = {}
+    for module in model.modules():
+        if not is_watched(module) and (forward := lean_gated(module) or lean_norm(module)):
+            found[module] = forward
+    for module, forward in found.items():
+        module.forward = forward
+    try:
+        yield len(found)
+    finally:
+        for module in found:
+            del module.forward

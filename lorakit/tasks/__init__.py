@@ -1,0 +1,1 @@
+"""The course's tasks, their data and the tiny base model."""

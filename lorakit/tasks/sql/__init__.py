@@ -1,0 +1,1 @@
+"""Text to SQL: questions over tables in four levels, and execution accuracy."""

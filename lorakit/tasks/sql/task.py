@@ -1,0 +1,165 @@
+"""The text-to-SQL task: questions over tables, in four levels, five splits, the prompt, execution accuracy on sqlite3.
+
+`lorakit data FOLDER` writes the data files, the same bytes each time.
+
+Six modules stand behind this one: `sqlrun` runs a query that nobody has checked, `sqlwords` and `sqlharder` hold
+tables, values and phrasings, `sqlmake` and `sqllevels` combine them to questions and rows, `sqlfiles` reads and writes.
+"""
+
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+from lorakit._suggest import near_names
+from lorakit.tasks.sql import level_1 as words
+from lorakit.tasks.sql import levels_2_to_4 as harder
+from lorakit.tasks.sql.files import load_databases, read_items, write_files
+from lorakit.tasks.sql.harder_questions import harder_questions
+from lorakit.tasks.sql.questions import Item, populations, questions
+from lorakit.tasks.sql.sandbox import Database, QueryError, Value, run_query
+from lorakit.tasks.task import shuffled
+
+SPLIT_SIZES = {"train": 400, "iid": 256, "values": 256, "phrasings": 256, "tables": 256}  # items
+SPLITS = tuple(SPLIT_SIZES)
+__all__ = ["SPLITS", "SPLIT_SIZES", "Item", "execution_accuracy", "generate", "load_databases", "load_sql"]
+__all__ += ["populations", "same_rows", "write"]
+
+
+def generate(split: str, n: int | None = None, seed: int = 0, level: int = 1) -> list[Item]:
+    """Draws items of one split, in equal shares of the query shapes as far as their distinct questions reach.
+
+    Whatever the seeds and sizes, no prompt of a held-out split occurs in train.
+
+    Args:
+        split: one of `SPLITS`.
+        n: number of items; None for the size in `SPLIT_SIZES`.
+        seed: other seeds give other items of the same kind.
+        level: how hard: 1 has one table and at most one condition, 2 adds two conditions and HAVING, 3 nested queries,
+            4 joins of two tables. Each holds the kinds of query of those below it.
+
+    Returns:
+        n different items in random order.
+
+    Raises:
+        ValueError: the split or level is unknown, or has fewer than n different questions.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"expected a split of the SQL task, {near_names(split, SPLITS)}")
+    n = SPLIT_SIZES[split] if n is None else n
+    if level != 1:
+        if level not in range(2, len(harder.LEVELS) + 1) or n < 0:
+            raise ValueError(f"expected a level from 1 to {len(harder.LEVELS)} and n >= 0, got {level!r} and {n}")
+        return harder_questions(split, level, n, random.Random(f"{split}/{level}/{seed}"))
+    pool = questions(split)
+    if not 0 <= n <= len(pool):
+        raise ValueError(f"expected n between 0 and {len(pool)} (the different questions of {split!r}), got {n}")
+    rng = random.Random(f"{split}/{seed}")
+    by_shape = [shuffled((q for q in pool if q.shape == shape.name), rng) for shape in words.SHAPES]
+    dealt = [item for row in zip_longest(*by_shape) for item in row if item is not None]
+    return shuffled(dealt[:n], rng)
+
+
+def _same_cell(left: Value, right: Value) -> bool:
+    """Numbers may differ by rounding, and 2 equals 2.0."""
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-9)
+    return type(left) is type(right) and left == right
+
+
+def _same_row(left: Sequence[Value], right: Sequence[Value]) -> bool:
+    return len(left) == len(right) and all(map(_same_cell, left, right))
+
+
+def same_rows(left: Sequence[Sequence[Value]], right: Sequence[Sequence[Value]], ordered: bool) -> bool:
+    """Tells whether two results hold the same rows, equally often.
+
+    Args:
+        left: rows of one query.
+        right: rows of the other.
+        ordered: True compares row by row; False lets the rows stand in any order.
+
+    Returns:
+        True for equal results. Column names do not count, the number and order of columns do.
+    """
+    if len(left) != len(right):
+        return False
+    if ordered:
+        return all(map(_same_row, left, right))
+    remaining = list(right)
+    for row in left:
+        partner = next((i for i, other in enumerate(remaining) if _same_row(row, other)), None)
+        if partner is None:
+            return False
+        del remaining[partner]
+    return True
+
+
+def _is_right(item: Item, answer: str, databases: Sequence[Database]) -> bool:
+    for database in databases:
+        try:
+            expected = run_query(database, item.answer)
+        except QueryError as error:
+            raise ValueError(f"expected a query that runs as the answer of {item}, got {error}") from error
+        try:
+            rows = run_query(database, answer)
+        except QueryError:
+            return False
+        if not same_rows(expected, rows, ordered="ORDER BY" in item.answer.upper()):
+            return False
+    return True
+
+
+def execution_accuracy(
+    items: Sequence[Item], answers: Sequence[str], databases: Mapping[str, Sequence[Database]] | None = None
+) -> list[bool]:
+    """Tells for each predicted query whether it finds the same rows as the item's own query, on all populations.
+
+    Rows are compared as multisets, and in order only where the item's query has ORDER BY. A prediction that fails or
+    is refused is wrong.
+
+    Args:
+        items: the questions.
+        answers: one predicted query an item; untrusted, see `sqlrun.run_query`.
+        databases: table name -> its populations, for items about other tables than the task's own.
+
+    Returns:
+        One bool an item; their mean is the execution accuracy.
+
+    Raises:
+        ValueError: the lengths differ, a table is unknown, or an item's own query fails.
+    """
+    if len(items) != len(answers):
+        raise ValueError(f"expected one answer an item, got {len(answers)} answers for {len(items)} items")
+    known = databases if databases is not None else {table: populations(table) for table in {i.table for i in items}}
+    for item in items:
+        if not known.get(item.table):
+            raise ValueError(f"expected a table with databases, {near_names(item.table, known)}")
+    return [_is_right(item, answer, known[item.table]) for item, answer in zip(items, answers, strict=True)]
+
+
+def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
+    """Gives one split of the task, generated or read from a folder.
+
+    Args:
+        split: one of `SPLITS`; with a folder, the name of any .jsonl file in it.
+        folder: where to read; None generates the committed data anew.
+
+    Returns:
+        The items, in the order of the file.
+
+    Raises:
+        ValueError: the split is unknown, or a line is not an item (the message names file and line).
+    """
+    return generate(split) if folder is None else read_items(folder, split)
+
+
+def write(folder: str | os.PathLike) -> None:
+    """Writes the data files and their card, see `sqlfiles.write_files`.
+
+    Args:
+        folder: where to write; made if missing.
+    """
+    splits = {split: generate(split) for split in SPLITS}
+    write_files(folder, splits, {table: populations(table) for table in words.TABLES})

@@ -1,0 +1,1 @@
+"""Training and answering: batches, loss, optimisers, loops, generation, evaluation."""

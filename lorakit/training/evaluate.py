@@ -1,0 +1,93 @@
+"""How far one model's predictions are from another's: the Kullback-Leibler divergence of their next tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit._progress import Progress
+from lorakit.speed.cpu import fast
+from lorakit.training.batch import IGNORE, Example, collate
+from lorakit.training.generate import _in_batches
+from lorakit.training.loss import labelled_logits
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: nn.Module, examples: Sequence[Example], batch_size: int = 32
+) -> Float[Tensor, "labelled vocab"]:
+    """What the model expects at each labelled token, in nats and float32, examples in their order.
+
+    Memory: 4 bytes times vocabulary a labelled token. The model is left in the mode it was in.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        found = []
+        for start in range(0, len(examples), batch_size):
+            logits, _ = labelled_logits(model, collate(examples[start : start + batch_size], device))
+            found.append(F.log_softmax(logits.float(), dim=-1))
+        return torch.cat(found)
+    finally:
+        model.train(was_training)
+
+
+def kl_divergence(p: Float[Tensor, "labelled vocab"], q: Float[Tensor, "labelled vocab"]) -> float:
+    """KL(p || q) = sum p (log p - log q), in nats a token: zero for the same predictions, never below.
+
+    Args:
+        p: log-probabilities of the model that is right by definition.
+        q: those of the model that is compared with it, at the same tokens.
+    """
+    return max(0.0, F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item())  # rounding may go below
+
+
+def exact_match(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, show: bool = True
+) -> list[bool]:
+    """Whether the model's first choice is right at every labelled token, given the true tokens before it.
+
+    Greedy generation writes an example's completion exactly if and only if this holds, so one forward pass replaces a
+    generation of as many steps as the completion has tokens.
+
+    Args:
+        model: a causal language model that returns `.logits`.
+        examples: from `encode`.
+        batch_size: examples at a time, padded on the right.
+        show: draw a progress bar.
+
+    Returns:
+        one truth value an example, in their order.
+    """
+    return [exact for exact, _ in teacher_forced(model, examples, batch_size=batch_size, show=show)]
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, show: bool = True
+) -> list[tuple[bool, float]]:
+    """For each example what `exact_match` says, and its completion's cross-entropy, in nats, all tokens together.
+
+    The arguments are those of `exact_match`.
+    """
+    found, was_training = [(False, 0.0)] * len(examples), model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with fast(model, batch_size * 16), Progress(len(examples), "scoring", "example", show) as progress:
+            for batch in _in_batches([len(example.input_ids) for example in examples], batch_size):
+                inputs = collate([examples[i] for i in batch], device)
+                logits, targets = labelled_logits(model, inputs)
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")
+                labelled = inputs["labels"][:, 1:] != IGNORE  # (batch, seq - 1)
+                wrong, nats = torch.zeros_like(labelled), losses.new_zeros(labelled.shape)
+                wrong[labelled], nats[labelled] = logits.argmax(-1) != targets, losses
+                for i, bad, total in zip(batch, wrong.any(-1).tolist(), nats.sum(-1).tolist(), strict=True):
+                    found[i] = not bad, total
+                progress.update(len(batch))
+    finally:
+        model.train(was_training)
+    return found

@@ -1,0 +1,132 @@
+"""Train many adapters at once over one frozen model: the same runs as one by one, in a fraction of the time."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorakit.layers.lora import LoRALinear
+from lorakit.layers.multi_lora import LoRAStack
+from lorakit.models.inject import Count, adapters, check_plain, inject, replace, wrap
+from lorakit.models.merge import remove
+from lorakit.training.batch import Example
+from lorakit.training.fit import History, Run, train
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one adapter is and how it learns; the fields are those of `inject` and `fit`."""
+
+    rank: int
+    alpha: float
+    lr: float
+    seed: int = 0  # of the start of A and of the data's order
+    targets: str | tuple[str, ...] = "all-linear"
+    scaling: str | Callable[[float, int], float] = "lora"
+
+
+@dataclass
+class Fitted:
+    """A trained adapter outside of the model, and its training."""
+
+    spec: Spec
+    history: History
+    layers: dict[str, LoRALinear]  # by the name of the layer that each wraps
+    error: str  # why it stopped before the end, "" if it did not
+
+    def attach(self, model: nn.Module) -> Count:
+        """Puts the adapter into its model, as `inject` and `fit` would have left it; `remove` takes it out.
+
+        Raises:
+            ValueError: the model carries adapters, or is not the one that it was trained on.
+        """
+        for name, layer in self.layers.items():
+            if model.get_submodule(name) is not layer.base:
+                raise ValueError(f"expected the model on which the adapter was trained, got another at {name}")
+        return wrap(model, self.layers, lambda name, _: self.layers[name])
+
+
+def fit_many(
+    model: nn.Module,
+    examples: Sequence[Example] | Sequence[Sequence[Example]],
+    specs: Iterable[Spec],
+    *,
+    steps: int,
+    batch_size: int = 8,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    show: bool = True,
+) -> list[Fitted]:
+    """Trains an adapter for every spec, all at once, on one frozen model.
+
+    Each is what `torch.manual_seed(seed)`, `inject(...)` and `fit(..., lr=lr, seed=seed)` would have made of it: the
+    gradients agree to rounding, which training amplifies at large learning rates. It pays for small models, whose steps
+    are overhead; a large one takes as long as one by one, and the memory of all. Dropout of the base draws other masks.
+
+    Args:
+        model: a plain model; it is plain again afterwards, with the same weights.
+        examples: for all; or a list of lists, the examples of each spec.
+        specs: the adapters.
+        steps: optimiser steps of each.
+        batch_size: examples a step of each.
+        warmup, weight_decay, clip, show: as in `fit`; gradients are clipped adapter by adapter.
+
+    Returns:
+        a `Fitted` for each spec, in their order. One that diverged says so in `error`, and does not disturb the others.
+
+    Raises:
+        ValueError: as `inject` and `fit`; or a layer does not see every token in order, as in a mixture of experts.
+    """
+    specs = list(specs)
+    own = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
+    if not specs or len(own) != len(specs):
+        raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
+    check_plain(model)
+    grads = {p: p.requires_grad for p in model.parameters()}
+    try:
+        made = [_make(model, spec) for spec in specs]
+        names = dict.fromkeys(name for layers in made for name in layers)
+        stacks = {name: LoRAStack([layers.get(name) for layers in made], name) for name in names}
+        model.requires_grad_(False)
+        replace(model, {stack.base: stack for stack in stacks.values()})
+        runs = [
+            Run([p for layer in layers.values() for p in (layer.A, layer.B)], texts, spec.lr, spec.seed)
+            for layers, texts, spec in zip(made, own, specs, strict=True)
+        ]
+        with _counting(model, stacks.values()):
+            train(model, runs, steps, batch_size, warmup, weight_decay, clip, show)
+    finally:
+        replace(model, {module: module.base for module in model.modules() if isinstance(module, LoRAStack)})
+        for parameter, grad in grads.items():
+            parameter.requires_grad_(grad)
+    for stack in stacks.values():
+        stack.release()
+    return [Fitted(spec, run.history, layers, run.error) for spec, run, layers in zip(specs, runs, made, strict=True)]
+
+
+def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
+    """The adapters that `inject` makes with this seed, taken out of the model again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.seed)
+        inject(model, spec.rank, spec.alpha, spec.targets, scaling=spec.scaling)
+    layers = adapters(model)
+    remove(model)
+    return layers
+
+
+@contextmanager
+def _counting(model: nn.Module, stacks: Iterable[LoRAStack]) -> Iterator[None]:
+    """Tells every stack how many tokens a forward pass has, so that it notices if it does not see them all."""
+
+    def tell(_, args, kwargs):
+        for stack in stacks:
+            stack.tokens = kwargs["input_ids"].numel()
+
+    hook = model.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

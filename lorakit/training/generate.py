@@ -1,0 +1,83 @@
+"""What a model answers: batched greedy generation, and exact match in a single pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit._progress import Progress
+from lorakit.speed.attention import attention
+from lorakit.speed.cpu import fast
+
+
+def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices sorted by length, longest first, and cut into batches: little padding, and memory peaks at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _ends(rows: Tensor, stop: str, tokenizer: Any) -> Tensor:
+    """Which rows, (batch, seq) -> (batch), hold the text `stop` near their end."""
+    return torch.tensor(
+        [stop in tokenizer.decode(row) for row in rows[:, -len(stop) - 1 :].tolist()], device=rows.device
+    )
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    stop: str = "<|im_end|>",
+    max_new_tokens: int = 48,
+    batch_size: int = 64,
+    show: bool = True,
+) -> list[str]:
+    """The most likely continuation of each prompt, token by token, up to `stop` (left out of the answer).
+
+    Args:
+        model: a transformers model with `generate`.
+        tokenizer: its tokenizer; prompts are tokenised as they are, without added special tokens.
+        prompts: texts.
+        stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too.
+        max_new_tokens: at most so many tokens an answer.
+        batch_size: prompts at a time, padded on the left.
+        show: draw a progress bar.
+
+    Returns:
+        one answer a prompt, in their order.
+    """
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    stop_ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
+    ends = {tokenizer.eos_token_id, stop_ids[0] if len(stop_ids) == 1 else None} - {None}
+    settings = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": max(ends, default=0),
+    }
+    if ends:
+        settings["eos_token_id"] = sorted(ends)
+    if len(stop_ids) > 1:
+        settings["stopping_criteria"] = [lambda rows, _: _ends(rows, stop, tokenizer)]
+    answers, was_training = [""] * len(ids), model.training
+    model.eval()
+    try:
+        with fast(model, batch_size), Progress(len(ids), "generating", "answer", show) as progress:
+            for batch in _in_batches([len(row) for row in ids], batch_size):
+                longest = len(ids[batch[0]])
+                pads = [longest - len(ids[i]) for i in batch]
+                tokens = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)])
+                mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+                inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
+                with attention(longest, model.device, model.dtype):
+                    output = model.generate(**inputs, **settings)
+                for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
+                    end = next((k for k, token in enumerate(row) if token in ends), len(row))
+                    answers[i] = tokenizer.decode(row[:end]).split(stop)[0]
+                progress.update(len(batch))
+    finally:
+        model.train(was_training)
+    return answers

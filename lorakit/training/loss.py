@@ -1,0 +1,130 @@
+"""Cross-entropy of the labelled tokens, without ever holding the logits of a whole batch."""
+
+import weakref
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorakit.layers.bases import frozen_weight
+from lorakit.speed.attention import attention
+from lorakit.training.batch import IGNORE, PACKED, Batch
+
+CHUNK = 128  # tokens whose logits exist at a time
+_logits_are_the_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "labelled vocab"], Int[Tensor, " labelled"]]:
+    """The logits that predict each labelled token, and those tokens, row by row.
+
+    The output head is the widest layer of a small model, so it is shown the labelled positions only. A model without
+    `get_output_embeddings` computes all logits, of which these are picked.
+    """
+    before, targets = _labelled(batch)
+    head = _head(model)
+    if head is None:
+        return _forward(model, batch)[before], targets
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][before].unsqueeze(0),))
+    try:
+        return _forward(model, batch).squeeze(0), targets
+    finally:
+        hook.remove()
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
+    """The cross-entropy, in nats, of each labelled token, given the tokens before it, row by row.
+
+    Where the output head is a frozen linear layer and its output is the model's, the logits of `CHUNK` tokens exist at
+    a time, and each chunk's gradient is computed as soon as its logits are. Otherwise as the formula says.
+    """
+    head, seen = _head(model), []
+    frozen = head is not None and frozen_weight(head, next(head.parameters(), batch["labels"])) is not None
+    if not frozen or not _is_last(model, head, batch):
+        logits, targets = labelled_logits(model, batch)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+    before, targets = _labelled(batch)
+
+    def shorten(_, args):
+        hook.remove()
+        hidden = args[0][before]  # (labelled, d)
+        W = frozen_weight(head, hidden)  # asked here: a wrapper may have changed the weight for this pass
+        if W is None:
+            return (hidden.unsqueeze(0),)
+        seen.append(_TokenLosses.apply(hidden, W, getattr(head, "bias", None), targets))
+        return (hidden[:0].unsqueeze(0),)  # the head has nothing to do
+
+    hook = head.register_forward_pre_hook(shorten)
+    try:
+        logits = _forward(model, batch)
+    finally:
+        hook.remove()
+    return seen[0] if seen else F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")
+
+
+def completion_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the labelled tokens, each given the tokens before it."""
+    return token_losses(model, batch).mean()
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of `h W' + b`; its gradient, (softmax - one-hot) W, is made while the logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        W = weight() if callable(weight) else weight  # (vocab, d)
+        losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits, target = F.linear(hidden[part], W, bias).to(losses.dtype), targets[part, None]  # (chunk, vocab)
+            logp = logits.log_softmax(-1)
+            del logits
+            losses[part] = -logp.gather(1, target).squeeze(1)
+            if gradient is not None:
+                p = logp.exp_()
+                p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype))
+                gradient[part] = p.to(hidden.dtype) @ W
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_losses):
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_losses[:, None].to(gradient.dtype), None, None, None
+
+
+def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where the next token is labelled, (batch, seq), and those tokens, (labelled)."""
+    labels = batch["labels"]
+    before = F.pad(labels[:, 1:] != IGNORE, (0, 1))
+    return before, labels[:, 1:][before[:, :-1]]
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    inputs |= PACKED if "position_ids" in batch else {}
+    like = next(model.parameters())
+    with attention(batch["input_ids"].shape[1], like.device, like.dtype):
+        return model(**inputs).logits
+
+
+@torch.no_grad()
+def _is_last(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
+    """Tries, once a head, whether the model returns what its head does: some scale the logits, or cap them."""
+    if head not in _logits_are_the_heads:
+        seen = []
+        hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            with torch.random.fork_rng():  # dropout must not notice
+                logits = model(input_ids=batch["input_ids"][:, :2]).logits
+        finally:
+            hook.remove()
+        _logits_are_the_heads[head] = len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+    return _logits_are_the_heads[head]

@@ -1,0 +1,206 @@
+"""The laws of a lesson, and each lesson run with the smoke profile; `make test` also replays committed outputs."""
+
+import copy
+import re
+from pathlib import Path
+from statistics import median
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lorakit.course import lessons, outputs
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+LESSONS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+PROFILES = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
+TAGS = {"parameters", "headline", "nbval-ignore-output"}
+SMOKE_SECONDS = 600.0  # finds what does not end; how long a lesson takes depends on the machine
+each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+@pytest.mark.slow
+@each_lesson
+def test_a_lesson_runs_with_the_smoke_profile(path, tmp_path):
+    result = lessons.run_lesson(path, lessons.lesson_parameters(path, "smoke", {}), tmp_path / path.name)
+    assert not result.error
+    assert result.wall_seconds < SMOKE_SECONDS
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_names_lessons_and_parameters_that_are_there(profile):
+    settings = lessons.read_yaml(profile.read_text(encoding="utf-8")) or {}
+    assert set(settings) <= {"all", *(path.stem for path in LESSONS)}
+    for path in LESSONS:
+        lessons.lesson_parameters(path, profile.stem, {})
+    assert settings == {} or profile.stem != "laptop", "the laptop profile is the lessons' own defaults"
+
+
+# ---- laws: each takes a notebook and asserts ----
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def prose(nb):
+    return "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+
+
+def tagged(nb, tag):
+    return [cell for cell in nb.cells if tag in cell.metadata.get("tags", [])]
+
+
+def parameters_are_literals_with_units(nb):
+    (cell,) = tagged(nb, "parameters")
+    assert lessons.default_parameters(nb)
+    for line in cell.source.splitlines():
+        assert re.fullmatch(r"\w+ = .+  # \w.*", line), f"expected `name = literal  # unit`, got {line!r}"
+
+
+def tags_are_known(nb):
+    used = {tag for cell in nb.cells for tag in cell.metadata.get("tags", [])}
+    assert used <= TAGS, f"{sorted(used - TAGS)}: a slip, or a tag that papermill and nbval do not both obey"
+
+
+def code_cells_are_small(nb):
+    lines = [len(cell.source.splitlines()) for cell in code_cells(nb)]
+    assert min(lines) >= 1, "an empty code cell"
+    assert max(lines) <= 20
+    assert median(lines) <= 8
+
+
+def prose_is_neither_thin_nor_long(nb):
+    assert 500 <= len(prose(nb).split()) <= 1800
+
+
+def outputs_come_from_one_clean_run(nb):
+    assert [cell.execution_count for cell in code_cells(nb)] == list(range(1, len(code_cells(nb)) + 1))
+    assert outputs.find_litter(nb) == []
+    tidy = copy.deepcopy(nb)
+    assert outputs.clean(tidy) == []
+    assert tidy == nb, "expected outputs saved by `make outputs`"
+
+
+def cells_have_ids(nb):
+    assert (nb.nbformat, nb.nbformat_minor) >= (4, 5)
+    assert len({cell.id for cell in nb.cells}) == len(nb.cells)
+    nbformat.validate(nb)
+
+
+def images_are_local(nb):
+    texts = [prose(nb)] + [outputs.output_text(output) for cell in code_cells(nb) for output in cell.outputs]
+    assert not re.search(r"!\[[^\]]*\]\(\s*https?:|<img[^>]+src\s*=\s*.?https?:", "\n".join(texts))
+
+
+def a_lesson_has_its_parts(nb):
+    headings = re.findall(r"^#+ +(.+)", prose(nb), re.MULTILINE)
+    assert nb.cells[0].source.startswith("# ")
+    assert re.search(r"\byou will\b", prose(nb), re.IGNORECASE)
+    assert any("what we found" in heading.lower() for heading in headings[-3:]), (
+        "only exercises and next lesson may follow"
+    )
+
+
+def a_headline_is_printed(nb):
+    assert len(tagged(nb, "headline")) == 1
+    assert outputs.headline(nb)
+
+
+def nothing_is_left_to_do(nb):
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", "\n".join(cell.source for cell in nb.cells))
+
+
+LAWS = [
+    parameters_are_literals_with_units,
+    tags_are_known,
+    code_cells_are_small,
+    prose_is_neither_thin_nor_long,
+    outputs_come_from_one_clean_run,
+    cells_have_ids,
+    images_are_local,
+    a_lesson_has_its_parts,
+    a_headline_is_printed,
+    nothing_is_left_to_do,
+]
+
+
+@each_lesson
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_a_lesson_keeps_the(law, path):
+    law(nbformat.read(path, as_version=4))
+
+
+# ---- the laws themselves: a lesson that keeps them all, and what breaks each ----
+
+
+def exemplary_lesson():
+    text = "word " * 500
+    cells = [
+        new_markdown_cell("# Title\nYou will see."),
+        new_code_cell("steps = 60  # gradient steps", metadata={"tags": ["parameters"]}, execution_count=1),
+        new_markdown_cell(f"## What we found\n{text}"),
+        new_code_cell("print('fine')", metadata={"tags": ["headline"]}, execution_count=2),
+    ]
+    cells[3].outputs = [new_output("stream", name="stdout", text="fine\n")]
+    nb = new_notebook(cells=cells)
+    outputs.clean(nb)
+    return nb
+
+
+def source(index, text):
+    def change(nb):
+        nb.cells[index].source = text
+
+    return change
+
+
+def said(index, text, name="stdout"):
+    return lambda nb: nb.cells[index].outputs.append(new_output("stream", name=name, text=text))
+
+
+BREAKS = [
+    (parameters_are_literals_with_units, source(1, "steps = 60")),
+    (parameters_are_literals_with_units, source(1, "steps = 6 * n  # gradient steps")),
+    (parameters_are_literals_with_units, lambda nb: nb.cells[1].metadata.tags.clear()),
+    (tags_are_known, lambda nb: nb.cells[3].metadata.tags.append("raises-exception")),
+    (code_cells_are_small, source(3, "1\n" * 21)),
+    (code_cells_are_small, source(3, "1\n" * 17)),
+    (prose_is_neither_thin_nor_long, source(2, "## What we found\nlittle")),
+    (prose_is_neither_thin_nor_long, source(2, "word " * 1801)),
+    (outputs_come_from_one_clean_run, lambda nb: nb.cells[3].update(execution_count=3)),
+    (outputs_come_from_one_clean_run, lambda nb: nb.cells[3].update(execution_count=None)),
+    (outputs_come_from_one_clean_run, lambda nb: nb.metadata.kernelspec.update(name="my-venv")),
+    (outputs_come_from_one_clean_run, lambda nb: nb.cells[3].metadata.update(collapsed=True)),
+    (
+        outputs_come_from_one_clean_run,
+        lambda nb: nb.cells[3].outputs.append(new_output("error", ename="E")),
+    ),
+    (outputs_come_from_one_clean_run, said(3, "a word", name="stderr")),
+    (outputs_come_from_one_clean_run, said(3, "C:\\data")),
+    (outputs_come_from_one_clean_run, said(3, "lib/site-packages/x.py")),
+    (outputs_come_from_one_clean_run, said(3, "FutureWarning: x")),
+    (outputs_come_from_one_clean_run, said(3, "saved 2031-01-02 03:04")),
+    (outputs_come_from_one_clean_run, said(3, " 50%|#####     | 1/2")),
+    (cells_have_ids, lambda nb: nb.cells[3].update(id=nb.cells[1].id)),
+    (images_are_local, source(2, "![a plot](https://example.org/a.png)")),
+    (images_are_local, source(2, '<img width="3" src="https://example.org/a.png">')),
+    (a_lesson_has_its_parts, source(0, "Title. You will see.")),
+    (a_lesson_has_its_parts, source(0, "# Title")),
+    (a_lesson_has_its_parts, source(2, "## What we found\n## A\n## B\n## C")),
+    (a_headline_is_printed, lambda nb: nb.cells[3].outputs.clear()),
+    (nothing_is_left_to_do, source(2, "TO" + "DO: write this")),
+]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_an_exemplary_lesson_keeps_the(law):
+    law(exemplary_lesson())
+
+
+@pytest.mark.parametrize(("law", "change"), BREAKS, ids=[f"{law.__name__}-{i}" for i, (law, _) in enumerate(BREAKS)])
+def test_a_broken_lesson_is_caught_by(law, change):
+    nb = exemplary_lesson()
+    change(nb)
+    with pytest.raises((AssertionError, ValueError, nbformat.ValidationError)):
+        law(nb)

@@ -1,0 +1,152 @@
+"""The runs of the ablations: together as one by one, from settings that are checked, on the reader's own data."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lorakit.experiments import ablation
+from lorakit.experiments.plan import load_plan
+from lorakit.experiments.records import expand
+from lorakit.experiments.sweep import sweep
+from lorakit.models.inject import count, inject
+from lorakit.models.load import load_model
+from lorakit.tasks.facts import encoded, facts, recall
+from lorakit.training.batch import collate
+from lorakit.training.evaluate import exact_match, teacher_forced
+from lorakit.training.fit import fit
+from lorakit.training.loss import completion_loss
+
+SHORT = {"task": "facts", "n": 16, "steps": 40, "batch_size": 8, "rank": 4, "alpha": "2r", "lr": 5e-3, "seed": 1}
+
+
+def test_together_is_as_one_by_one():
+    settings = expand([SHORT | {"rank": [2, 4], "seed": [0, 1]}, SHORT | {"targets": [["q_proj", "v_proj"]]}])
+    together, single = ablation.runs(settings), [ablation.run(**setting) for setting in settings]
+    for one, other in zip(together, single, strict=True):
+        assert one["trainable"] == other["trainable"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+        assert one["correct"] == pytest.approx(other["correct"], abs=1 / 16)
+    assert len({result["trainable"] for result in together}) == 3
+
+
+def test_a_run_is_fit_and_its_scores_are_those_of_the_model():
+    model, tokenizer = load_model("tiny")
+    torch.manual_seed(1)
+    inject(model, 4, 8)
+    texts = encoded(tokenizer, facts(16, 1))
+    history = fit(model, texts, steps=40, batch_size=8, lr=5e-3, seed=1, show=False)
+    found = ablation.run(**SHORT)
+    assert found["correct"] == recall(model, tokenizer, facts(16, 1))
+    assert found["loss"] == pytest.approx(completion_loss(model, collate(texts)).item(), rel=1e-4)
+    assert found["train_loss"] == pytest.approx(sum(history.loss[-4:]) / 4)
+    assert found["trainable"] == count(model).trainable
+    assert 0 <= found["known"] < 1
+
+
+def test_the_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    ablation.run(**SHORT)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rank": 0, "lr": 1e-3},
+        {"dropout": 0.2},
+        {"optimizer": "sgd", "lr": 1.0},
+        {"optimizer": "sgd-momentum", "lr": 0.1},
+        {"optimizer": "adamw-8bit-all"},
+        {"loraplus_ratio": 4.0},
+        {"scaling": "rslora"},
+        {"targets": "q_proj"},
+    ],
+    ids=lambda more: next(iter(more.values())),
+)
+def test_every_setting_makes_a_difference_and_learns(more):
+    untaught, usual, other = ablation.runs([SHORT | {"lr": 1e-12}, SHORT, SHORT | more])
+    assert usual["train_loss"] != other["train_loss"]
+    assert other["loss"] < 0.9 * untaught["loss"]
+
+
+def test_bitsandbytes_leaves_small_matrices_in_32_bit():
+    """The default of 4,096 numbers is more than any matrix of a small adapter has: nothing is stored in 8 bit."""
+    usual, default, forced = (ablation.run(**SHORT | {"optimizer": name}) for name in list(ablation.OPTIMIZERS)[:3])
+    assert default["loss"] == pytest.approx(usual["loss"], rel=1e-3)
+    assert abs(forced["loss"] - usual["loss"]) > abs(default["loss"] - usual["loss"])
+
+
+def test_alpha_may_be_a_multiple_of_the_rank():
+    assert ablation.Setting(rank=8, alpha="2r").scale_alpha == 16
+    assert ablation.Setting(rank=8, alpha="r").scale_alpha == 8
+    assert ablation.Setting(rank=8, alpha="0.5r").scale_alpha == 4
+    assert ablation.Setting(rank=8, alpha=3).scale_alpha == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "word"),
+    [
+        ({"alpha": "two"}, ValueError, "alpha as a number or a multiple"),
+        ({"optimizer": "adam"}, ValueError, "adamw-8bit, .*got 'adam'"),
+        ({"lora_rank": 4}, TypeError, "lora_rank"),
+        ({"task": "sql", "n": 401}, ValueError, "n up to 400"),
+        ({"task": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"rank": -1}, ValueError, "rank"),
+    ],
+)
+def test_wrong_settings_are_refused(more, error, word):
+    with pytest.raises(error, match=word):
+        ablation.run(**SHORT | more)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_folder_of_prompts_and_completions_is_a_task(tmp_path):
+    rows = [{"prompt": fact.prompt, "completion": fact.completion} for fact in facts(16, 1)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "test.jsonl", rows[:8])
+    found = ablation.run(**SHORT | {"task": str(tmp_path), "n": 0, "steps": 80})
+    assert found["correct"] >= ablation.run(**SHORT)["correct"] - 0.2
+    assert found["correct"] * 8 == round(found["correct"] * 8)
+    assert "known" not in found
+    (tmp_path / "test.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match=r"prompt and completion in .*test.jsonl, line 1"):
+        ablation.run(**SHORT | {"task": str(tmp_path), "n": 0})
+
+
+def test_the_sql_task_has_its_level():
+    model = load_model("tiny")[1]
+    train, test = ablation.examples(ablation.Setting(task="sql", level=2, n=20), model)
+    assert (len(train), len(test)) == (20, ablation.TESTED)
+
+
+def test_teacher_forcing_gives_the_loss_of_each_example():
+    model, tokenizer = load_model("tiny")
+    texts = encoded(tokenizer, facts(7, 3))
+    found = teacher_forced(model, texts, batch_size=3, show=False)
+    assert [exact for exact, _ in found] == exact_match(model, texts, show=False)
+    for (_, nats), text in zip(found, texts, strict=True):
+        assert nats == pytest.approx(5 * completion_loss(model, collate([text])).item(), rel=1e-4)
+
+
+def test_a_sweep_of_runs_and_a_plan(tmp_path):
+    grid = SHORT | {"steps": 5, "seed": [0, 1]}
+    frame = sweep(ablation.runs, grid, tmp_path / "a", together=["seed"], show=False)
+    assert list(frame.error) == ["", ""]
+    assert frame.correct.between(0, 1).all()
+    (tmp_path / "plan.yaml").write_text(f"function: lorakit.experiments.ablation:run\ngrid: {json.dumps(grid)}\n")
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert plan.function is ablation.run
+    assert len(plan.settings) == 2
+
+
+def test_one_that_diverges_does_not_take_the_others_with_it(tmp_path):
+    grid = SHORT | {"lr": [1e-3, 1e30], "steps": 8}
+    frame = sweep(ablation.runs, grid, tmp_path, together=["lr"], show=False).set_index("lr")
+    assert frame.error[1e-3] == ""
+    assert "finite" in frame.error[1e30]
+    assert math.isfinite(frame.loss[1e-3])

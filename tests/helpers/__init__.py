@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, parity with PEFT, texts, layers of other kinds."""

@@ -1,0 +1,249 @@
+"""Adapter arithmetic is that of the updates: exact sums, nearest compressions, TIES and DARE by their papers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers.architectures import CONFIGS, build, logits_of
+from torch import nn
+
+import lorakit
+from lorakit._optional import quiet
+from lorakit.merging.arithmetic import compress, dare, linear, ties
+from lorakit.merging.updates import Update, attach, read_updates
+from lorakit.models.peft_files import AdapterError
+
+with quiet():
+    import peft
+
+
+def trained(base, seed, rank=4, alpha=8, **settings):
+    """A copy of a model with adapters that have learnt something random."""
+    model = copy.deepcopy(base)
+    lorakit.inject(model, rank, alpha, **settings)
+    random = torch.Generator().manual_seed(seed)
+    for layer in lorakit.adapters(model).values():
+        for part in (layer.A, layer.B):
+            part.data = torch.randn(part.shape, generator=random) / 4
+    return model
+
+
+def matrices(model):
+    return {name: layer.delta_weight().detach() for name, layer in lorakit.adapters(model).items()}
+
+
+def off(got, want):
+    return max(((got[name] - want[name]).norm() / want[name].norm()).item() for name in want)
+
+
+def summed(models, weights):
+    total = {}
+    for model, weight in zip(models, weights, strict=True):
+        for name, change in matrices(model).items():
+            total[name] = total.get(name, 0) + weight * change
+    return total
+
+
+def as_matrices(updates):
+    return {name: update.matrix for name, update in updates.items()}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two adapters of one base that differ in everything, as models and as folders."""
+    base = build("llama")
+    models = [trained(base, 1, rank=4, alpha=8), trained(base, 2, rank=3, alpha=5, scaling="rslora")]
+    folders = [lorakit.save_adapter(model, tmp_path / str(k)) for k, model in enumerate(models)]
+    return base, models, folders
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_sum_is_exact_and_fits_any_model(name, tmp_path):
+    base = build(name)
+    models = [trained(base, 1), trained(base, 2, rank=2, alpha=3, scaling="rslora")]
+    total = linear([read_updates(model) for model in models], [0.7, -1.3])
+    assert off(as_matrices(total), summed(models, [0.7, -1.3])) < 1e-6
+    both = copy.deepcopy(base)
+    attach(both, total)
+    lorakit.save_adapter(both, tmp_path / "both")
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "both")
+    torch.testing.assert_close(logits_of(both, name), logits_of(theirs, name), rtol=1e-4, atol=1e-4)
+    plain = copy.deepcopy(base)
+    for layer, change in summed(models, [0.7, -1.3]).items():
+        weight = plain.get_submodule(layer).weight
+        weight.data += change if weight.shape == change.shape and name != "gpt2" else change.T
+    torch.testing.assert_close(logits_of(both, name), logits_of(plain, name), rtol=1e-4, atol=1e-4)
+
+
+def test_files_and_models_have_the_same_updates(two):
+    _, models, folders = two
+    for model, folder in zip(models, folders, strict=True):
+        assert off(as_matrices(read_updates(folder)), matrices(model)) < 1e-6
+        assert off(as_matrices(read_updates(model)), matrices(model)) < 1e-6
+
+
+def test_layers_may_differ_in_rank_alpha_and_presence(tmp_path):
+    base = build("llama")
+    one, other = copy.deepcopy(base), trained(base, 2, targets=["q_proj", "down_proj"])
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"v_proj": 9},
+        init_lora_weights=False,
+    )
+    with quiet():
+        theirs = peft.get_peft_model(one, config)
+    theirs.save_pretrained(tmp_path)
+    found = read_updates(tmp_path)
+    assert {update.rank for name, update in found.items() if "q_proj" in name} == {2}
+    total = linear([found, read_updates(other)], [1, 2])
+    for name, update in total.items():
+        want = 2 * matrices(other).get(name, torch.tensor(0.0))
+        if not name.endswith("down_proj"):
+            want = want + theirs.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
+        torch.testing.assert_close(update.matrix, want)
+    assert len(total) == 6
+
+
+def test_cat_and_svd_are_pefts_or_better(two):
+    base, models, folders = two
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folders[0], adapter_name="a")
+        theirs.load_adapter(folders[1], adapter_name="b")
+        theirs.add_weighted_adapter(["a", "b"], [0.6, 1.1], "cat", combination_type="cat")
+        theirs.add_weighted_adapter(["a", "b"], [0.6, 1.1], "svd", combination_type="svd", svd_rank=3)
+        theirs.add_weighted_adapter(["a", "b"], [0.6, 1.1], "c3", combination_type="cat")
+    total = linear([read_updates(folder) for folder in folders], [0.6, 1.1])
+    small = compress(total, 3)
+    for name, want in summed(models, [0.6, 1.1]).items():
+        layer = theirs.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close(total[name].matrix, layer.get_delta_weight("cat"), rtol=1e-5, atol=1e-6)
+        error = (layer.get_delta_weight("svd") - want).norm()
+        assert small[name].rank == 3
+        assert (small[name].matrix - want).norm() <= error * (1 + 1e-5)
+        U, S, Vh = torch.linalg.svd(want)
+        torch.testing.assert_close(small[name].matrix, (U[:, :3] * S[:3]) @ Vh[:3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(small[name].A.norm(dim=1), small[name].B.norm(dim=0))
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(5, 9, 20), (9, 5, 20), (6, 6, 6), (1, 7, 3)])
+def test_compression_of_ranks_beyond_the_matrix(d_out, d_in, rank):
+    update = Update(torch.randn(d_out, rank), torch.randn(rank, d_in))
+    for k in (1, 3, min(d_out, d_in), rank, rank + 5):
+        found = compress({"x": update}, k)["x"]
+        assert found.rank <= k
+        U, S, Vh = torch.linalg.svd(update.matrix, full_matrices=False)
+        torch.testing.assert_close(found.matrix, (U[:, :k] * S[:k]) @ Vh[:k], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_minus_its_adapter_is_its_base(two):
+    base, models, _ = two
+    own = read_updates(models[0])
+    nothing = linear([own, own], [1.0, -1.0])
+    assert max(update.matrix.abs().max() for update in nothing.values()) < 1e-6
+    zero = compress(nothing, 2)
+    assert all(update.matrix.isfinite().all() for update in zero.values())
+    negative = copy.deepcopy(base)
+    attach(negative, linear([own], [-1.0]))
+    assert off(matrices(negative), {name: -change for name, change in matrices(models[0]).items()}) < 1e-6
+
+
+def ties_by_hand(changes, density):
+    """The paper's three steps in plain numpy."""
+    kept = []
+    for change in changes:
+        order = np.argsort(-np.abs(change), axis=None)[: max(1, round(density * change.size))]
+        mask = np.zeros(change.size)
+        mask[order] = 1
+        kept.append(change * mask.reshape(change.shape))
+    sign = np.sign(sum(kept))
+    agree = [(np.sign(each) == sign) & (each != 0) for each in kept]
+    return sum(each * a for each, a in zip(kept, agree, strict=True)) / np.maximum(sum(a.astype(int) for a in agree), 1)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+def test_ties_is_that_of_the_paper(two, density):
+    _, models, folders = two
+    found = ties([read_updates(folder) for folder in folders], [1.0, 0.5], density, rank=24)
+    for name, update in found.items():
+        changes = [w * matrices(model)[name].double().numpy() for w, model in zip([1.0, 0.5], models, strict=True)]
+        np.testing.assert_allclose(update.matrix, ties_by_hand(changes, density), atol=1e-5)
+
+
+def test_dare_is_the_sum_on_average_and_its_own_seed(two):
+    _, models, folders = two
+    own = [read_updates(folder) for folder in folders]
+    state = torch.random.get_rng_state()
+    draws = [dare(own, [1.0, 0.5], 0.5, rank=24, seed=seed) for seed in range(200)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = dare(own, [1.0, 0.5], 0.5, rank=24, seed=7)
+    for name, want in summed(models, [1.0, 0.5]).items():
+        mean = torch.stack([draw[name].matrix for draw in draws]).mean(0)
+        assert (mean - want).norm() / want.norm() < 0.15
+        torch.testing.assert_close(again[name].matrix, draws[7][name].matrix)
+    whole = dare(own, [1.0, 0.5], 1.0, rank=24)
+    assert off(as_matrices(whole), summed(models, [1.0, 0.5])) < 1e-5
+
+
+@pytest.mark.parametrize("make", [ties, dare])
+def test_a_dense_result_is_cut_to_the_rank(two, make):
+    own = [read_updates(folder) for folder in two[2]]
+    large, small = (make(own, [1.0, 1.0], 0.5, rank) for rank in (24, 2))
+    assert {update.rank for update in small.values()} == {2}
+    for name, update in small.items():
+        U, S, Vh = torch.linalg.svd(large[name].matrix)
+        torch.testing.assert_close(update.matrix, (U[:, :2] * S[:2]) @ Vh[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_pissa_is_an_update_of_its_base_and_dora_is_refused(tmp_path):
+    base = build("llama")
+    pissa = trained(base, 1, layer=lorakit.PiSSALinear)
+    found = read_updates(pissa)
+    for name, layer in lorakit.adapters(pissa).items():
+        want = layer.merged().weight - base.get_submodule(name).weight
+        torch.testing.assert_close(found[name].matrix, want, rtol=1e-3, atol=1e-5)
+    dora = trained(base, 1, layer=lorakit.DoRALinear)
+    with pytest.raises(ValueError, match=r"got DoRALinear for layer 'model\.layers\.0\.self_attn\.q_proj'"):
+        read_updates(dora)
+    with pytest.raises(ValueError, match="got DoRA in dora"):
+        read_updates(lorakit.save_adapter(dora, tmp_path / "dora"))
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes(two, tmp_path):
+    base, models, folders = two
+    own = [read_updates(folder) for folder in folders]
+    for updates, weights in (([], []), (own, [1.0]), (own, [1.0, float("nan")])):
+        with pytest.raises(ValueError, match="expected a finite weight for each adapter"):
+            linear(updates, weights)
+    name = next(iter(own[0]))
+    with pytest.raises(ValueError, match="expected adapters of one model"):
+        linear([own[0], {name: Update(torch.ones(3, 1), torch.ones(1, 3))}], [1, 1])
+    with pytest.raises(ValueError, match="expected rank >= 1"):
+        compress(own[0], 0)
+    for density, rank in ((0, 2), (1.5, 2), (0.5, 0)):
+        with pytest.raises(ValueError, match="expected density"):
+            ties(own, [1, 1], density, rank)
+    with pytest.raises(ValueError, match="expected adapters, got none"):
+        read_updates(base)
+    with pytest.raises(FileNotFoundError):
+        read_updates(tmp_path / "nothing")
+    before = [id(module) for module in base.modules()]
+    for wrong in ({"nothing.here": own[0][name]}, {name: Update(torch.ones(3, 1), torch.ones(1, 3))}):
+        with pytest.raises(ValueError, match="expected"):
+            attach(base, wrong)
+    assert [id(module) for module in base.modules()] == before
+    with pytest.raises(ValueError, match="expected a plain model"):
+        attach(models[0], own[0])
+
+
+def test_files_of_other_layers_are_refused(tmp_path):
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    with quiet():
+        theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="expected lora_A and lora_B of linear layers"):
+        read_updates(tmp_path)

@@ -1,0 +1,137 @@
+"""GGUF files: transformers reads them back as the model that was written; what they cannot hold is refused."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers
+from helpers.architectures import CONFIGS, build
+
+import lorakit
+from lorakit.merging.gguf import _turned, write_gguf, write_lora_gguf
+from lorakit.merging.updates import Update, read_updates
+
+
+def tensors(path):
+    return {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader(path).tensors}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Llama with biases nowhere, grouped queries, and SmolLM2's tokenizer."""
+    _, tokenizer = lorakit.load_model("smollm2")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer) + 3, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        rope_parameters={"rope_theta": 1e5, "rope_type": "default"},
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="8MB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "error"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2)])
+def test_a_file_is_read_back_as_the_model(folder, tmp_path, kind, error):
+    assert len(list(folder.glob("model*.safetensors"))) > 1, "several files"
+    path = write_gguf(folder, tmp_path / "new" / "model.gguf", kind)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    again = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    for name, weight in model.state_dict().items():
+        other = again.state_dict()[name]
+        assert (other - weight).norm() <= error * weight.norm(), name
+    assert [file.name for file in path.parent.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_in_the_file(folder, tmp_path):
+    path = write_gguf(folder, tmp_path / "model.gguf", "Q8_0")
+    fields = gguf.GGUFReader(path).fields
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    words = fields["tokenizer.ggml.tokens"].contents()
+    assert words[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    assert len(set(words)) == len(tokenizer) + 3
+    assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.token_type"].contents()[tokenizer.eos_token_id] == gguf.TokenType.CONTROL
+    again = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "<|im_start|>user\nfind 1234 Ünïcode, don't  stop<|im_end|>\n"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.slow
+def test_an_adapter_is_written_with_its_scale_and_the_order_of_its_base(folder, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    write_gguf(folder, tmp_path / "base.gguf")
+    lorakit.inject(model, 4, 32, scaling="rslora")
+    for layer in lorakit.adapters(model).values():
+        torch.nn.init.normal_(layer.B)
+    updates = read_updates(model)
+    found = tensors(write_lora_gguf(updates, folder, tmp_path / "adapter.gguf"))
+    assert len(found) == 2 * len(updates)
+    lorakit.merge(model).save_pretrained(tmp_path / "merged")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
+    base = tensors(tmp_path / "base.gguf")
+    merged = tensors(write_gguf(tmp_path / "merged", tmp_path / "merged.gguf"))
+    for name in (key.removesuffix(".lora_a") for key in found if key.endswith(".lora_a")):
+        change = found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
+        torch.testing.assert_close(base[name] + change, merged[name], atol=1e-5, rtol=1e-4)
+    fields = gguf.GGUFReader(tmp_path / "adapter.gguf").fields
+    assert fields["adapter.lora.alpha"].contents() == 0.0
+    assert fields["general.type"].contents() == "adapter"
+
+
+def test_rows_of_queries_and_keys_are_put_in_pairs():
+    config = CONFIGS["llama"]()
+    rows = torch.arange(16.0)[:, None] * torch.ones(16, 3)
+    assert _turned(rows, "model.layers.0.self_attn.q_proj", config)[:8, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert _turned(rows[:8], "model.layers.0.self_attn.k_proj", config)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(_turned(rows, "model.layers.0.self_attn.v_proj", config), rows)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma"])
+def test_another_architecture_is_refused(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected a Llama"):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_what_cannot_be_written_is_refused_and_nothing_is_lost(tmp_path):
+    build("llama-biased-tied").save_pretrained(tmp_path / "llama")
+    (tmp_path / "there.gguf").write_text("mine")
+    update = {"model.layers.0.self_attn.q_proj": Update(torch.ones(16, 2), torch.ones(2, 16))}
+    with pytest.raises(FileExistsError, match="new file"):
+        write_lora_gguf(update, tmp_path / "llama", tmp_path / "there.gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+    path: Path = tmp_path / "new.gguf"
+    with pytest.raises(ValueError, match="kind"):
+        write_gguf(tmp_path / "llama", path, "Q3")
+    with pytest.raises(ValueError, match="expected updates"):
+        write_lora_gguf({}, tmp_path / "llama", path)
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        write_gguf(tmp_path, path)
+    with pytest.raises(ValueError, match="no place"):
+        write_lora_gguf({"model.layers.7.self_attn.q_proj": update.popitem()[1]}, tmp_path / "llama", path)
+    with pytest.raises(ValueError, match="no place"):
+        write_lora_gguf({"lm_head": Update(torch.ones(61, 2), torch.ones(2, 16))}, tmp_path / "llama", path)
+    with pytest.raises(ValueError, match="blocks of 32"):
+        write_lora_gguf({"lm_head": Update(torch.ones(61, 2), torch.ones(2, 16))}, _untied(tmp_path), path, "Q8_0")
+    assert not path.exists()
+
+
+def _untied(folder):
+    build("llama").save_pretrained(folder / "untied")
+    return folder / "untied"
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+    model, tokenizer = lorakit.load_model("tiny")
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="byte-level BPE"):
+        write_gguf(tmp_path / "tiny", tmp_path / "tiny.gguf")
+    assert not (tmp_path / "tiny.gguf").exists()

@@ -1,0 +1,289 @@
+"""Adapter files: exact ways there and back, and damage of every kind refused with the model untouched."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.architectures import build, logits_of
+from helpers.parity import randomise, snapshot, unchanged
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lorakit import AdapterError, LoRALinear, adapters, inject, load_adapter, save_adapter
+from lorakit.models.peft_files import CONFIG, WEIGHTS
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter of the tiny Llama, and the adapted model."""
+    model = build("llama")
+    inject(model, 3, 8, scaling="rslora", dropout=0.1)
+    randomise(model)
+    return save_adapter(model, tmp_path / "adapter"), model
+
+
+def edit_config(folder, **changes):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)  # without a checksum, as PEFT writes
+
+
+def test_there_and_back_is_exact(saved):
+    folder, model = saved
+    again = build("llama")
+    load_adapter(again, folder)
+    assert torch.equal(logits_of(again, "llama"), logits_of(model, "llama"))
+    for name, layer in adapters(again).items():
+        first = adapters(model)[name]
+        assert (layer.rank, layer.scale, layer.dropout.p) == (first.rank, first.scale, 0.1)
+    assert not [p for p in folder.iterdir() if p.name not in (WEIGHTS, CONFIG)]
+
+
+def test_ranks_scales_and_rules_may_differ_between_layers(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    plain.load_state_dict(model.state_dict())
+    inject(model, 2, 4, targets=["0", "1", "2"])
+    model[1] = LoRALinear(model[1].base, 3, 5, scaling="rslora")
+    model[2] = LoRALinear(model[2].base, 2, 7, scaling=lambda alpha, rank: alpha / rank**2)
+    randomise(model)
+    load_adapter(plain, save_adapter(model, tmp_path))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(plain(x), model(x))
+    assert [a.rank for a in adapters(plain).values()] == [2, 3, 2]
+    load_adapter(model, tmp_path)  # and into the model that it came from
+
+
+def test_a_second_load_fills_the_same_parameters(saved):
+    folder, model = saved
+    again = build("llama")
+    inject(again, 3, 8, scaling="rslora")
+    parameters = [p for p in again.parameters() if p.requires_grad]
+    load_adapter(again, folder)
+    assert all(a is b for a, b in zip(parameters, [p for p in again.parameters() if p.requires_grad], strict=True))
+    assert torch.equal(logits_of(again, "llama"), logits_of(model, "llama"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rank": 4}, {"alpha": 4}, {"targets": ["q_proj"]}, {"scaling": "lora"}], ids=lambda s: next(iter(s))
+)
+def test_loading_over_other_adapters_is_refused(saved, settings):
+    folder, _ = saved
+    other = build("llama")
+    inject(other, **({"rank": 3, "alpha": 8, "scaling": "rslora"} | settings))
+    before = snapshot(other)
+    with pytest.raises(AdapterError):
+        load_adapter(other, folder)
+    assert unchanged(other, before)
+
+
+def test_saving_over_an_adapter_keeps_other_files(saved):
+    folder, model = saved
+    (folder / "README.md").write_text("mine")
+    randomise(model, seed=9)
+    save_adapter(model, folder)
+    assert (folder / "README.md").read_text() == "mine"
+    again = build("llama")
+    load_adapter(again, folder)
+    assert torch.equal(logits_of(again, "llama"), logits_of(model, "llama"))
+
+
+def test_what_the_files_cannot_hold_is_refused(saved, tmp_path):
+    _, model = saved
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        save_adapter(model, tmp_path / "new")
+    model.lm_head.weight.requires_grad_(False)
+    next(iter(adapters(model).values())).B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def nan(tensors):
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def infinite(tensors):
+    list(tensors.values())[-1][0, 0] = float("inf")
+
+
+def fewer_rows(tensors):
+    key = next(iter(tensors))
+    tensors[key] = tensors[key][:-1].contiguous()
+
+
+def integers(tensors):
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].to(torch.int32)
+
+
+def one_missing(tensors):
+    tensors.pop(next(iter(tensors)))
+
+
+def one_pair_missing(tensors):
+    for key in [key for key in tensors if "layers.1.mlp.up_proj" in key]:
+        tensors.pop(key)
+
+
+def one_too_many(tensors):
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(3, 61)
+
+
+def foreign_names(tensors):
+    for key in list(tensors):
+        tensors[key.replace("layers", "blocks")] = tensors.pop(key)
+
+
+TENSOR_DAMAGE = [nan, infinite, fewer_rows, integers, one_missing, one_pair_missing, one_too_many, foreign_names]
+CONFIG_DAMAGE = {
+    "another rank": {"r": 4},
+    "rank as text": {"r": "3"},
+    "rank missing": {"r": None},
+    "alpha missing": {"lora_alpha": None},
+    "alpha as text": {"lora_alpha": "8"},
+    "fewer targets": {"target_modules": ["q_proj"]},
+    "no targets": {"target_modules": None},
+    "a broken pattern": {"rank_pattern": {"q_proj(": 2}},
+    "a rank pattern that is not true": {"rank_pattern": {"q_proj": 2}},
+    "dora": {"use_dora": True},
+    "an unknown method's setting": {"use_hyperlora": {"depth": 2}},
+    "another method": {"peft_type": "LOHA"},
+    "no method": {"peft_type": None},
+    "dropout 2": {"lora_dropout": 2.0},
+    "dropout as text": {"lora_dropout": "a lot"},
+    "targets as a number": {"target_modules": 7},
+}
+
+
+def refused(folder, error=ValueError):
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+    assert all(p.requires_grad for p in model.parameters())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damage", TENSOR_DAMAGE, ids=lambda f: f.__name__)
+def test_damaged_tensors_are_refused(saved, damage):
+    folder, _ = saved
+    edit_tensors(folder, damage)
+    assert "expected" in refused(folder, AdapterError)
+
+
+@pytest.mark.parametrize("case", CONFIG_DAMAGE)
+@pytest.mark.parametrize("checksum", [True, False])
+def test_damaged_settings_are_refused(saved, case, checksum):
+    folder, _ = saved
+    if not checksum:
+        edit_tensors(folder, lambda tensors: None)
+    edit_config(folder, **CONFIG_DAMAGE[case])
+    assert "expected" in refused(folder, AdapterError)
+
+
+def test_a_changed_alpha_is_noticed_by_the_checksum(saved):
+    folder, _ = saved
+    edit_config(folder, lora_alpha=9)
+    assert "checksum" in refused(folder, AdapterError)
+
+
+def test_the_base_models_name_may_be_edited(saved):
+    folder, _ = saved
+    edit_config(folder, base_model_name_or_path="me/my-model", task_type="CAUSAL_LM")
+    load_adapter(build("llama"), folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_truncated_files_are_refused(saved, share, name):
+    folder, _ = saved
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(share * len(data))])
+    assert "expected" in refused(folder, AdapterError)
+
+
+def test_a_flipped_bit_is_refused_or_harmless(saved):
+    folder, model = saved
+    path, draw = folder / WEIGHTS, random.Random(0)
+    data, expected = path.read_bytes(), logits_of(model, "llama")
+    header = int.from_bytes(data[:8], "little") + 8
+    positions = [draw.randrange(header, len(data)) for _ in range(60)] + list(range(0, header, 23))
+    for position in positions:
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        if position >= header:
+            refused(folder, AdapterError)
+            continue
+        again = build("llama")
+        before = snapshot(again)
+        try:
+            load_adapter(again, folder)  # a flip in the header may hit a name that nobody reads
+        except AdapterError:
+            assert unchanged(again, before)
+        else:
+            assert torch.equal(logits_of(again, "llama"), expected)
+
+
+def test_missing_files_and_pickles_are_refused(saved):
+    folder, _ = saved
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "pickle" in refused(folder, FileNotFoundError)
+    (folder / CONFIG).unlink()
+    assert CONFIG in refused(folder, FileNotFoundError)
+    refused(folder / "nowhere", FileNotFoundError)
+
+
+def test_another_models_adapter_is_refused(saved):
+    folder, _ = saved
+    gpt2 = build("gpt2")
+    before = snapshot(gpt2)
+    with pytest.raises(AdapterError, match="another model"):
+        load_adapter(gpt2, folder)
+    assert unchanged(gpt2, before)
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch):
+    folder, model = saved
+    expected = logits_of(model, "llama")
+    randomise(model, seed=9)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, folder)
+    again = build("llama")
+    load_adapter(again, folder)
+    assert torch.equal(logits_of(again, "llama"), expected)
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_killed_saves_never_leave_a_file_that_loads_wrong(tmp_path):
+    script = (
+        "import sys, torch; from torch import nn; from lorakit import inject, save_adapter\n"
+        "model = nn.Sequential(nn.Linear(300, 300)); inject(model, 64, 8)\n"
+        "while True:\n    nn.init.normal_(model[0].B); save_adapter(model, sys.argv[1]); print('saved', flush=True)\n"
+    )
+    target = tmp_path / "killed"
+    for milliseconds in (30, 70, 110):
+        process = subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(milliseconds / 1000)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        model = nn.Sequential(nn.Linear(300, 300))
+        load_adapter(model, target)
+        shutil.rmtree(target)
