@@ -14,7 +14,7 @@ READY   := .venv/lorakit-is-installed
 LESSONS  = $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 INDEX    = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-# what lorakit gives its kernels (lorakit/execute.py), for JupyterLab and nbval
+# what lorakit gives its kernels (lorakit/course/runner.py), for JupyterLab and nbval
 export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0

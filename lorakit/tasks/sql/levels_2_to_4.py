@@ -1,4 +1,4 @@
-"""The harder levels of the text-to-SQL task: two conditions, nested queries, joins. Data only, as `sqlwords`.
+"""The harder levels of the text-to-SQL task: two conditions, nested queries, joins. Data only, as `level_1`.
 
 A level adds its shapes to those of the levels below it. Joins ask about a table and the one that it is linked to, which
 has a row for each word of the column that both share.
@@ -11,7 +11,7 @@ SPICES = listed("Cumin Saffron Paprika Ginger Pepper Mustard Basil Thyme Clove N
 FLOWERS = listed("Rose Tulip Lily Daisy Orchid Lotus Iris Violet Poppy Jasmine Peony Dahlia")
 FOUNDERS = listed("Quinn Nadia Omar Pablo Rosa Stefan Tara Uma Victor Wanda Xenia Yusuf")
 
-# The tables that those of `sqlwords` are linked to, in their order; the first column is the shared one.
+# The tables that those of `level_1` are linked to, in their order; the first column is the shared one.
 TABLES: dict[str, dict[str, tuple[str, ...] | range]] = {
     "mayors": {"city": CITIES, "mayor": SURNAMES, "citizens": range(100, 9000)},
     "offices": {"department": words.DEPARTMENTS, "boss": SURNAMES, "floor": range(1, 90)},
@@ -32,7 +32,7 @@ TABLES: dict[str, dict[str, tuple[str, ...] | range]] = {
     "parks": {"habitat": words.HABITATS, "ranger": FOUNDERS, "hectares": range(100, 9000)},
     "labs": {"maker": words.MAKERS, "founder": FOUNDERS, "patents": range(100, 9000)},
 }
-LINKS = dict(zip(words.TABLES, TABLES, strict=True))  # table of `sqlwords` -> the one that it is linked to
+LINKS = dict(zip(words.TABLES, TABLES, strict=True))  # table of `level_1` -> the one that it is linked to
 
 TWO_CONDITIONS = (
     Shape(

@@ -2,8 +2,8 @@
 
 `lorakit data FOLDER` writes the data files, the same bytes each time.
 
-Six modules stand behind this one: `sqlrun` runs a query that nobody has checked, `sqlwords` and `sqlharder` hold
-tables, values and phrasings, `sqlmake` and `sqllevels` combine them to questions and rows, `sqlfiles` reads and writes.
+Six modules stand behind this one: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold
+tables, values and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and writes.
 """
 
 import math
@@ -121,7 +121,7 @@ def execution_accuracy(
 
     Args:
         items: the questions.
-        answers: one predicted query an item; untrusted, see `sqlrun.run_query`.
+        answers: one predicted query an item; untrusted, see `sandbox.run_query`.
         databases: table name -> its populations, for items about other tables than the task's own.
 
     Returns:
@@ -156,7 +156,7 @@ def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
 
 
 def write(folder: str | os.PathLike) -> None:
-    """Writes the data files and their card, see `sqlfiles.write_files`.
+    """Writes the data files and their card, see `files.write_files`.
 
     Args:
         folder: where to write; made if missing.
