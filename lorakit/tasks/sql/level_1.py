@@ -1,4 +1,6 @@
-"""What the text-to-SQL task talks about: tables, values, query shapes and phrasings. Data only; `questions` combines it.
+"""What the text-to-SQL task talks about: tables, values, query shapes and phrasings. Data only.
+
+`questions` combines it.
 
 These are the shapes of level 1, one table and at most one condition; those of the harder levels are in `levels_2_to_4`.
 """

@@ -1,4 +1,4 @@
-"""Makes every question of the text-to-SQL task, and the rows it is asked about, out of `level_1` and `levels_2_to_4`."""
+"""Makes every question of the text-to-SQL task, and the rows it is asked about, from `level_1` and `levels_2_to_4`."""
 
 import random
 import re

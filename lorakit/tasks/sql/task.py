@@ -3,7 +3,8 @@
 `lorakit data FOLDER` writes the data files, the same bytes each time.
 
 Six modules stand behind this one: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold
-tables, values and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and writes.
+tables, values and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and
+writes.
 """
 
 import math
