@@ -13,7 +13,8 @@ from lorakit.models.peft_files import AdapterError
 from lorakit.models.quantize import dequantize_model, quantize_model
 from lorakit.models.save_load import load_adapter, save_adapter
 from lorakit.models.targets import find_targets
-from lorakit.tasks.sql.task import execution_accuracy, load_sql
+from lorakit.tasks.sql.task import SQL, execution_accuracy, load_sql
+from lorakit.tasks.task import ChatFormat, Task
 from lorakit.training.batch import Example, encode
 from lorakit.training.evaluate import exact_match
 from lorakit.training.fit import History, fit
@@ -23,8 +24,10 @@ from lorakit.training.optim import loraplus_groups
 
 __version__ = "0.1.0"
 __all__ = [
+    "SQL",
     "AdapterError",
     "Budget",
+    "ChatFormat",
     "Count",
     "DoRALinear",
     "Example",
@@ -34,6 +37,7 @@ __all__ = [
     "NF4Linear",
     "PiSSALinear",
     "Spec",
+    "Task",
     "adapters",
     "budget",
     "count",

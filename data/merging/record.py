@@ -44,7 +44,7 @@ def smollm2():
 
 
 def encoded(chosen):
-    return [lorakit.encode(smollm2()[1], item.prompt, item.completion) for item in chosen]
+    return lorakit.SQL.encode(smollm2()[1], chosen)
 
 
 def right(model, skill, split="test"):
@@ -57,7 +57,7 @@ def right(model, skill, split="test"):
     if skill == "extract":
         return sum(exact)
     rest = [item for item, done in zip(asked, exact, strict=True) if not done]
-    answers = lorakit.greedy(model, smollm2()[1], [item.prompt for item in rest], max_new_tokens=24, show=False)
+    answers = lorakit.SQL.answers(model, smollm2()[1], rest, max_new_tokens=24, show=False)
     return sum(exact) + sum(execution_accuracy(rest, answers))
 
 

@@ -28,6 +28,7 @@ from lorakit.experiments.recorded import read, record_runs
 from lorakit.speed.activations import lean
 from lorakit.speed.cpu import fast
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
 
 with quiet():
@@ -96,10 +97,6 @@ def adapted(name, seed):
         return peft.get_peft_model(model, METHODS[name].config(**settings)).train(), tokenizer
 
 
-def encoded(tokenizer, items):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
-
-
 def train(name, model, examples, lr, seed, steps=STEPS):
     """`fit`; the same recipe in plain operations for the two methods whose loss is not that of the logits alone."""
     settings = {"steps": steps, "batch_size": BATCH, "lr": lr, "seed": seed}
@@ -119,7 +116,7 @@ def right(name, model, tokenizer, items, only_exact=False):
         if only_exact:
             return exact
     rest = [item for item, done in zip(items, exact, strict=True) if not done]
-    answers = lorakit.greedy(model, tokenizer, [item.prompt for item in rest], max_new_tokens=32, show=False)
+    answers = lorakit.SQL.answers(model, tokenizer, rest, max_new_tokens=32, show=False)
     found = iter(execution_accuracy(rest, answers))
     return [done or next(found) for done in exact]
 

@@ -25,6 +25,7 @@ from lorakit.models.quantize import quantize_model
 from lorakit.speed.activations import lean
 from lorakit.speed.cpu import fast
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.loss import completion_loss
 from lorakit.training.reference_loop import plain_loop
 
@@ -77,10 +78,6 @@ def adapted(arm, seed):
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True), tokenizer
 
 
-def encoded(tokenizer, items):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
-
-
 def train(model, examples, lr, seed, steps):
     """`fit`, or for PEFT's model the same recipe in plain operations."""
     settings = {"steps": steps, "batch_size": BATCH, "lr": lr, "seed": seed}
@@ -99,7 +96,7 @@ def run(arm, lr, seed):
     items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
     found |= {"items": len(items), "exact": sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))}
     if lr == LR:  # generation takes longer than training
-        answers = lorakit.greedy(model, tokenizer, [item.prompt for item in items], max_new_tokens=32, show=False)
+        answers = lorakit.SQL.answers(model, tokenizer, items, max_new_tokens=32, show=False)
         found["right"] = sum(execution_accuracy(items, answers))
     return found
 

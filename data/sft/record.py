@@ -23,6 +23,7 @@ from lorakit._optional import quiet
 from lorakit.experiments.recorded import record_runs
 from lorakit.speed.cpu import fast
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
 
 with quiet():
@@ -39,10 +40,6 @@ ARMS = {  # arm -> learning rates
     "full": (3e-5, 1e-4, 3e-4, 1e-3),
     "prompt tuning": (1e-1, 3e-1),
 }
-
-
-def encoded(tokenizer, items):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
 
 
 def lora(seed):
@@ -127,7 +124,7 @@ def scores(model, tokenizer, arm, lr):
     if arm != "prompt tuning":
         found["exact"] = sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))
     if arm in ("TRL SFTTrainer", "prompt tuning") or (arm, lr) == ("LoRA", 3e-3):
-        answers = lorakit.greedy(model, tokenizer, [item.prompt for item in items], max_new_tokens=32, show=False)
+        answers = lorakit.SQL.answers(model, tokenizer, items, max_new_tokens=32, show=False)
         found["right"] = sum(execution_accuracy(items, answers))
     return found
 

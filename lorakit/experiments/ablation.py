@@ -5,12 +5,10 @@ grid: {task: facts, rank: [1, 4, 16], alpha: 2r, lr: [3e-3, 1e-2], seed: [0, 1, 
 together: [rank, alpha, lr, seed]
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,9 +18,10 @@ from torch import nn
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
 from lorakit.models.merge import remove
-from lorakit.tasks.facts import encoded, facts, known_facts, recall
-from lorakit.tasks.sql.task import generate
-from lorakit.training.batch import IGNORE, Example, encode
+from lorakit.tasks.facts import FACTS, known_facts, recall
+from lorakit.tasks.sql.task import sql_task
+from lorakit.tasks.task import own_task
+from lorakit.training.batch import IGNORE, Example
 from lorakit.training.evaluate import teacher_forced
 from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Spec, fit_many
@@ -130,32 +129,20 @@ def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], list[Exam
         ValueError: there are fewer than n examples, or a line is not one.
     """
     if setting.task == "facts":
-        taught = encoded(tokenizer, facts(setting.n or 48, setting.seed))
+        taught = FACTS.encode(tokenizer, FACTS.items("new", setting.n or None, setting.seed))
         return taught, taught
     if setting.task == "sql":
-        splits = [_questions("train", None, setting.level), _questions("tables", TESTED, setting.level)]
-        train, test = ([encode(tokenizer, item.prompt, item.completion) for item in items] for items in splits)
+        task = sql_task(setting.level)
+        train, test = _questions("train", None, setting.level), _questions("tables", TESTED, setting.level)
     else:
-        train, test = (_read(Path(setting.task, f"{part}.jsonl"), tokenizer) for part in ("train", "test"))
+        task = own_task(setting.task)
+        train, test = task.items("train"), task.items("test")
     if not setting.n <= len(train):
         raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
-    return train[: setting.n or None], test
+    return task.encode(tokenizer, train[: setting.n or None]), task.encode(tokenizer, test)
 
 
-_questions = cache(lambda split, n, level: generate(split, n, level=level))
-
-
-def _read(path: Path, tokenizer: Any) -> list[Example]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            found.append(encode(tokenizer, row["prompt"], row["completion"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"expected an object with prompt and completion in {path}, line {number}: {error}"
-            ) from None
-    return found
+_questions = cache(lambda split, n, level: sql_task(level).items(split, n))
 
 
 def _one(setting: Setting, taught: list[Example], test: list[Example], shared: dict[str, Any]) -> dict[str, Any]:

@@ -30,10 +30,28 @@ class Example:
 
 
 def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
-    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only."""
+    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only.
+
+    Raises:
+        ValueError: the tokenizer gives words that it does not know the id of another token, or a completion holds words
+            that it does not know: a model would learn something else, and could look perfect at it.
+    """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    declared, unknown = getattr(tokenizer, "unk_token_id", None), _unknown_id(tokenizer)
+    if unknown in completion_ids or (unknown != declared and unknown in prompt_ids):
+        words = f"{prompt} {completion}".replace(tokenizer.decode([unknown]), " ").split()
+        strange = [w for w in dict.fromkeys(words) if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
+        if strange:  # the token may also stand in the text by its name
+            raise ValueError(f"expected words that the tokenizer knows, got {', '.join(map(repr, strange[:8]))}")
     return Example(prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids)
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for words without one; the tokenizer may give them another token's and not say so."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    token = getattr(model, "unk_token", None)
+    return getattr(tokenizer, "unk_token_id", None) if token is None else tokenizer.convert_tokens_to_ids(token)
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:

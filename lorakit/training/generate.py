@@ -30,7 +30,7 @@ def greedy(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    stop: str = "<|im_end|>",
+    stop: str | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 64,
     show: bool = True,
@@ -41,7 +41,8 @@ def greedy(
         model: a transformers model with `generate`.
         tokenizer: its tokenizer; prompts are tokenised as they are, without added special tokens.
         prompts: texts.
-        stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too.
+        stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too, and alone if this is None
+            (SmolLM2's is the end of a turn; another model's need not be: `ChatFormat.of(tokenizer).end`).
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time, padded on the left.
         show: draw a progress bar.
@@ -50,7 +51,7 @@ def greedy(
         one answer a prompt, in their order.
     """
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    stop_ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
+    stop_ids = tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
     ends = {tokenizer.eos_token_id, stop_ids[0] if len(stop_ids) == 1 else None} - {None}
     settings = {
         "do_sample": False,
@@ -76,7 +77,8 @@ def greedy(
                     output = model.generate(**inputs, **settings)
                 for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                     end = next((k for k, token in enumerate(row) if token in ends), len(row))
-                    answers[i] = tokenizer.decode(row[:end]).split(stop)[0]
+                    text = tokenizer.decode(row[:end])
+                    answers[i] = text.split(stop)[0] if stop else text
                 progress.update(len(batch))
     finally:
         model.train(was_training)

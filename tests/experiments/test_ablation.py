@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.texts import TOKENIZER
 
 from lorakit.experiments import ablation
 from lorakit.experiments.plan import load_plan
@@ -13,11 +14,13 @@ from lorakit.experiments.sweep import sweep
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
 from lorakit.tasks.facts import encoded, facts, recall
+from lorakit.tasks.sql.task import sql_task
 from lorakit.training.batch import collate
 from lorakit.training.evaluate import exact_match, teacher_forced
 from lorakit.training.fit import fit
 from lorakit.training.loss import completion_loss
 
+TASK = sql_task(2)
 SHORT = {"task": "facts", "n": 16, "steps": 40, "batch_size": 8, "rank": 4, "alpha": "2r", "lr": 5e-3, "seed": 1}
 
 
@@ -119,9 +122,17 @@ def test_a_folder_of_prompts_and_completions_is_a_task(tmp_path):
 
 
 def test_the_sql_task_has_its_level():
-    model = load_model("tiny")[1]
-    train, test = ablation.examples(ablation.Setting(task="sql", level=2, n=20), model)
+    train, test = ablation.examples(ablation.Setting(task="sql", level=2, n=20), TOKENIZER)
     assert (len(train), len(test)) == (20, ablation.TESTED)
+    assert train[0] in TASK.encode(TOKENIZER, TASK.items("train"))
+
+
+def test_a_task_in_words_that_the_base_does_not_know_is_refused(tmp_path):
+    """Each would be three padding tokens, and "correct 1.0" for every rank."""
+    write_lines(tmp_path / "train.jsonl", [{"prompt": "what colour ?", "completion": " deep blue"}] * 8)
+    write_lines(tmp_path / "test.jsonl", [{"prompt": "room of ada hopper ?", "completion": " 1 2 3 4"}])
+    with pytest.raises(ValueError, match="words that the tokenizer knows, got 'what', 'colour', 'deep', 'blue'"):
+        ablation.run(**SHORT | {"task": str(tmp_path), "n": 0})
 
 
 def test_teacher_forcing_gives_the_loss_of_each_example():

@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 
 from lorakit._suggest import near_names
@@ -20,12 +21,12 @@ from lorakit.tasks.sql.files import load_databases, read_items, write_files
 from lorakit.tasks.sql.harder_questions import harder_questions
 from lorakit.tasks.sql.questions import Item, populations, questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Value, run_query
-from lorakit.tasks.task import shuffled
+from lorakit.tasks.task import CHATML, Task, paired, shuffled
 
 SPLIT_SIZES = {"train": 400, "iid": 256, "values": 256, "phrasings": 256, "tables": 256}  # items
 SPLITS = tuple(SPLIT_SIZES)
-__all__ = ["SPLITS", "SPLIT_SIZES", "Item", "execution_accuracy", "generate", "load_databases", "load_sql"]
-__all__ += ["populations", "same_rows", "write"]
+__all__ = ["SPLITS", "SPLIT_SIZES", "SQL", "Item", "execution_accuracy", "generate", "load_databases", "load_sql"]
+__all__ += ["populations", "same_rows", "sql_task", "write"]
 
 
 def generate(split: str, n: int | None = None, seed: int = 0, level: int = 1) -> list[Item]:
@@ -131,13 +132,12 @@ def execution_accuracy(
     Raises:
         ValueError: the lengths differ, a table is unknown, or an item's own query fails.
     """
-    if len(items) != len(answers):
-        raise ValueError(f"expected one answer an item, got {len(answers)} answers for {len(items)} items")
+    pairs = paired(items, answers)
     known = databases if databases is not None else {table: populations(table) for table in {i.table for i in items}}
     for item in items:
         if not known.get(item.table):
             raise ValueError(f"expected a table with databases, {near_names(item.table, known)}")
-    return [_is_right(item, answer, known[item.table]) for item, answer in zip(items, answers, strict=True)]
+    return [_is_right(item, answer, known[item.table]) for item, answer in pairs]
 
 
 def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
@@ -154,6 +154,15 @@ def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
         ValueError: the split is unknown, or a line is not an item (the message names file and line).
     """
     return generate(split) if folder is None else read_items(folder, split)
+
+
+def sql_task(level: int = 1) -> Task:
+    """The task at one of its levels; see `generate` and `execution_accuracy`."""
+    draw = partial(generate, level=level)
+    return Task("sql", SPLITS, draw, execution_accuracy, CHATML)
+
+
+SQL = sql_task()
 
 
 def write(folder: str | os.PathLike) -> None:
