@@ -51,7 +51,7 @@ outputs: $(READY) ## run lessons and solutions, and refresh the outputs that are
 	@$(BIN)/lorakit run $(LESSON) --in-place && $(BIN)/lorakit exercises --refresh
 
 clean: ## remove what the commands above made, except .venv
-	@rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find lorakit tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The mark is made last, so that a setup that was interrupted starts again.
