@@ -1,32 +1,50 @@
 """Trains two skills on SmolLM2, merges them by several routes and combines them by several methods, and scores it all.
 
-    python data/merging/record.py            all runs, about forty minutes on two cores
-    python data/merging/record.py skills     one study: rates, routes or skills
+    python data/merging/record.py      all runs, about forty minutes on two cores
 
-Lesson 07 reads results.json. Runs are recorded one by one; a second start makes only those that are missing. Trained
-adapters are kept in runs/merging, which is not part of the repository, and trained again if they are gone.
+Lesson 07 reads the records in routes and skills, which are made at the learning rates that those in rates show best.
+A second start makes only the runs that are missing. Trained adapters are kept in runs/merging, which is not part of the
+repository, and trained again if they are gone.
 """
 
-import sys
 from functools import cache
 from pathlib import Path
 
 import torch
 
 import lorakit
-from lorakit.experiments.recorded import read, record_runs
+from lorakit.experiments.records import expand
+from lorakit.experiments.sweep import sweep
 from lorakit.merging.arithmetic import compress, dare, linear, ties
 from lorakit.merging.updates import Update, attach, read_updates
 from lorakit.tasks.extraction import messages
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.evaluate import kl_divergence, log_probabilities
 
-RESULTS = Path(__file__).with_name("results.json")
-ADAPTERS = Path(__file__).resolve().parents[2] / "runs" / "merging"
-STEPS, BATCH, RANK, ALPHA, ITEMS, SEEDS = 32, 8, 8, 32, 96, (0, 1, 2)
-RATES = (1e-3, 2e-3, 4e-3)
-SKILLS = ("sql", "extract")
-ROUTES = ("unmerged", "float32", "bfloat16", "float32, then NF4", "NF4", "NF4, then float32", "NF4, then NF4")
+HERE = Path(__file__).resolve().parent
+ADAPTERS = HERE.parents[1] / "runs" / "merging"
+ITEMS, SEEDS, SKILLS = 96, [0, 1, 2], ["sql", "extract"]
+HOW = {"model": "smollm2", "steps": 32, "batch_size": 8, "rank": 8, "alpha": 32}
+ROUTES = ["unmerged", "float32", "bfloat16", "float32, then NF4", "NF4", "NF4, then float32", "NF4, then NF4"]
+RATES = {"skill": SKILLS, "lr": [1e-3, 2e-3, 4e-3], "seed": 0} | HOW
+
+
+def grids(sql_lr, extract_lr):
+    """The grids of routes and of skills at the tuned rates."""
+    ones = {"weight": 1.0, "density": 1.0}
+    sums = ["sum", "sum, compressed", "factors added", "sum, same start"]
+    controls = ["base", "sql alone", "extract alone", "sql + random", "extract + random", "trained together"]
+    methods = [
+        {"method": controls} | ones,
+        {"method": sums, "weight": [0.5, 0.75, 1.0], "density": 1.0},
+        {"method": "sum, uneven", "weight": [0.25, 0.375, 0.5], "density": 1.0},
+        {"method": "DARE", "weight": [0.5, 0.75, 1.0], "density": 0.3},
+        {"method": "TIES", "weight": [1.0, 1.5, 2.0], "density": 0.3},
+        {"method": "extract - sql", "weight": [0.5, 1.0], "density": 1.0},
+    ]
+    routes = {"base": ["float32", "NF4"], "route": ROUTES, "lr": sql_lr, "seed": SEEDS} | HOW
+    return routes, [each | {"sql_lr": sql_lr, "extract_lr": extract_lr, "seed": SEEDS} | HOW for each in methods]
 
 
 def items(skill, split):
@@ -39,83 +57,73 @@ def items(skill, split):
 
 
 @cache
-def smollm2():
-    return lorakit.load_model("smollm2")
+def plain(model):
+    """The model without adapters, and its tokenizer."""
+    return lorakit.load_model(model)
 
 
-def encoded(chosen):
-    return lorakit.SQL.encode(smollm2()[1], chosen)
-
-
-def right(model, skill, split="test"):
+def right(model, tokenizer, skill, split="test"):
     """How many items are answered rightly: SQL by its rows, records to the letter.
 
     A query that is exact need not be generated; a record that is not exact is not right, but for blanks and tokens.
     """
     asked = items(skill, split)
-    exact = lorakit.exact_match(model, encoded(asked), show=False)
+    exact = lorakit.exact_match(model, encoded(tokenizer, asked), show=False)
     if skill == "extract":
         return sum(exact)
     rest = [item for item, done in zip(asked, exact, strict=True) if not done]
-    answers = lorakit.SQL.answers(model, smollm2()[1], rest, max_new_tokens=24, show=False)
+    answers = lorakit.SQL.answers(model, tokenizer, rest, max_new_tokens=24, show=False)
     return sum(exact) + sum(execution_accuracy(rest, answers))
 
 
-def trained(skills, base, seed, lr, steps=STEPS, same_start=False):
+def trained(skills, base, seed, how, same_start=False):
     """The folder of an adapter, trained if need be: on float32 or NF4 weights, from its skill's own start or SQL's."""
     start = seed if same_start or skills[0] == "sql" else seed + 100
-    folder = ADAPTERS / f"{'-'.join(skills)}-{base}-{seed}-{start}-{lr:g}-{steps}"
+    folder = ADAPTERS / "-".join(map(str, [*skills, base, seed, start, *(how[name] for name in sorted(how))]))
     if not folder.exists():
-        model = lorakit.load_model("smollm2")[0]
+        model, tokenizer = lorakit.load_model(how["model"])
         if base == "NF4":
             lorakit.quantize_model(model)
         torch.manual_seed(start)
-        lorakit.inject(model, RANK, ALPHA)
-        examples = [each for skill in skills for each in encoded(items(skill, "train"))]
-        lorakit.fit(model, examples, steps=steps, batch_size=BATCH, lr=lr, seed=seed, show=False)
+        lorakit.inject(model, how["rank"], how["alpha"])
+        examples = [each for skill in skills for each in encoded(tokenizer, items(skill, "train"))]
+        recipe = {name: how[name] for name in ("steps", "batch_size", "lr")}
+        lorakit.fit(model, examples, **recipe, seed=seed, show=False)
         lorakit.save_adapter(model, folder)
     return folder
 
 
-def best(skill):
-    """The rate whose adapter answers most of the tuning items."""
-    runs = [made for made in read(RESULTS)["runs"] if made["study"] == "rates" and made["skill"] == skill]
-    return max(runs, key=lambda made: made["right"])["lr"]
-
-
-def updates(skill, seed, same_start=False):
-    return read_updates(trained([skill], "float32", seed, best(skill), same_start=same_start))
-
-
-def scored(changes):
-    """Right answers in both skills with these changes added to SmolLM2."""
-    model = smollm2()[0]
+def scored(name, changes):
+    """Right answers in both skills with these changes added to the model."""
+    model, tokenizer = plain(name)
     if not changes:
-        return {skill: right(model, skill) for skill in SKILLS}
+        return {skill: right(model, tokenizer, skill) for skill in SKILLS}
     attach(model, changes)
     try:
         with lorakit.folded(model):
-            return {skill: right(model, skill) for skill in SKILLS}
+            return {skill: right(model, tokenizer, skill) for skill in SKILLS}
     finally:
         lorakit.remove(model)
 
 
-def rate(study, skill, lr, seed):
-    model = smollm2()[0]
-    lorakit.load_adapter(model, trained([skill], "float32", seed, lr))
+def rate(skill, seed, **how):
+    """Right answers of one skill's adapter on the tuning items."""
+    model, tokenizer = plain(how["model"])
+    lorakit.load_adapter(model, trained([skill], "float32", seed, how))
     try:
         with lorakit.folded(model):
-            return {"right": right(model, skill, "tune"), "items": ITEMS}
+            return {"right": right(model, tokenizer, skill, "tune"), "items": ITEMS}
     finally:
         lorakit.remove(model)
 
 
-def route(study, base, route, seed):
+def serve(base, route, seed, **how):
     """The SQL adapter, trained on `base`, served by a route: KL to the unmerged model, and right answers."""
-    examples, folder = encoded(items("sql", "test")), trained(["sql"], base, seed, best("sql"))
+    _, tokenizer = plain(how["model"])
+    examples, folder = encoded(tokenizer, items("sql", "test")), trained(["sql"], base, seed, how)
 
     def served(route):
-        model = lorakit.load_model("smollm2")[0]
+        model = lorakit.load_model(how["model"])[0]
         if route.startswith("NF4") or (route == "unmerged" and base == "NF4"):
             lorakit.quantize_model(model)
         if route.startswith("NF4,"):
@@ -130,7 +138,7 @@ def route(study, base, route, seed):
     model = served(route)
     reference = log_probabilities(served("unmerged"), examples)
     error = kl_divergence(reference, log_probabilities(model, examples))
-    return {"kl": error, "right": right(model, "sql"), "items": ITEMS}
+    return {"kl": error, "right": right(model, tokenizer, "sql"), "items": ITEMS}
 
 
 def factors_added(parts, weights):
@@ -155,14 +163,16 @@ def of_equal_norm(changes, seed):
     return found
 
 
-def combined(study, method, weight, density, seed):
+def combine(method, weight, density, seed, sql_lr, extract_lr, **how):
     """Right answers in both skills after a combination of the two adapters."""
+    rank, weights, rates = how["rank"], [weight, weight], {"sql": sql_lr, "extract": extract_lr}
     if method == "base":
-        return scored({}) | {"items": ITEMS}
+        return scored(how["model"], {}) | {"items": ITEMS}
     if method == "trained together":
-        return scored(read_updates(trained(SKILLS, "float32", seed, best("sql"), 2 * STEPS))) | {"items": ITEMS}
-    parts = [updates(skill, seed, same_start=method == "sum, same start") for skill in SKILLS]
-    weights = [weight, weight]
+        both = trained(SKILLS, "float32", seed, how | {"lr": sql_lr, "steps": 2 * how["steps"]})
+        return scored(how["model"], read_updates(both)) | {"items": ITEMS}
+    same = method == "sum, same start"
+    parts = [read_updates(trained([s], "float32", seed, how | {"lr": rates[s]}, same_start=same)) for s in SKILLS]
     made = {
         "sql alone": lambda: parts[0],
         "extract alone": lambda: parts[1],
@@ -171,42 +181,24 @@ def combined(study, method, weight, density, seed):
         "sum": lambda: linear(parts, weights),
         "sum, same start": lambda: linear(parts, weights),
         "sum, uneven": lambda: linear(parts, [1, weight]),
-        "sum, compressed": lambda: compress(linear(parts, weights), RANK),
+        "sum, compressed": lambda: compress(linear(parts, weights), rank),
         "factors added": lambda: factors_added(parts, weights),
-        "TIES": lambda: ties(parts, weights, density, RANK),
-        "DARE": lambda: dare(parts, weights, density, RANK, seed),
+        "TIES": lambda: ties(parts, weights, density, rank),
+        "DARE": lambda: dare(parts, weights, density, rank, seed),
         "extract - sql": lambda: linear(parts, [-weight, 1]),
     }
-    return scored(made[method]()) | {"items": ITEMS}
+    return scored(how["model"], made[method]()) | {"items": ITEMS}
 
 
-def grids():
-    """The settings of each study; those of the later ones depend on the rates found in the first."""
-    yield "rates", rate, [{"skill": skill, "lr": lr, "seed": 0} for skill in SKILLS for lr in RATES]
-    plain = ("base", "sql alone", "extract alone", "sql + random", "extract + random", "trained together")
-    methods = [(method, 1.0, 1.0) for method in plain]
-    for weight in (0.5, 0.75, 1.0):
-        methods += [(m, weight, 1.0) for m in ("sum", "sum, compressed", "factors added", "sum, same start")]
-        methods += [("sum, uneven", weight / 2, 1.0)]
-        methods += [("DARE", weight, 0.3), ("TIES", 2 * weight, 0.3)]
-    methods += [("extract - sql", weight, 1.0) for weight in (0.5, 1.0)]
-    names = ("method", "weight", "density")
-    yield (
-        "skills",
-        combined,
-        [dict(zip(names, each, strict=True)) | {"seed": seed} for seed in SEEDS for each in methods],
-    )
-    bases = ("float32", "NF4")
-    yield "routes", route, [{"base": b, "route": r, "seed": s} for s in SEEDS for b in bases for r in ROUTES]
-
-
-def main(*chosen):
-    settings = {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA}
-    for study, run, grid in grids():
-        if not chosen or study in chosen:
-            runs = [{"study": study} | setting for setting in grid]
-            record_runs(RESULTS, runs, run, "python data/merging/record.py", model="smollm2", settings=settings)
+def main():
+    command = "python data/merging/record.py"
+    rates = sweep(rate, RATES, HERE / "rates", command=command)
+    assert len(rates) == len(expand(RATES)), "another process is still tuning"
+    best = rates.loc[rates.groupby("skill").right.idxmax()].set_index("skill").lr  # of equals the lowest
+    routes, skills = grids(float(best["sql"]), float(best["extract"]))
+    sweep(serve, routes, HERE / "routes", command=command)
+    sweep(combine, skills, HERE / "skills", command=command)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

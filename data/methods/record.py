@@ -1,19 +1,20 @@
-"""Trains SmolLM2 on the SQL task with the methods that PEFT has, each at its own learning rate.
+"""Trains SmolLM2 on the SQL task with the methods that PEFT has, each at its own learning rate; and what explains them.
 
-    python data/methods/record.py              all runs, about two hours on two cores
-    python data/methods/record.py LoRA DoRA    the runs of these methods; several processes may share the work
-    python data/methods/record.py --cost       parameters, memory and time of a step; wants an idle machine
+    python data/methods/record.py            all studies, about three hours on two cores
+    python data/methods/record.py costs      one of STUDIES; costs wants an idle machine
 
-Lesson 05 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
+Lesson 05 reads the records in folders of these names. A second start makes only the runs that are missing.
 
 The rate is tuned with seed 0 on questions in new words (`phrasings`): three neighbours of a ladder, and further ones as
-long as the best is at an edge. The best rate gets two more seeds; all three are scored on questions about new tables.
+long as the best is at an edge. The best rate gets two more seeds; results are right answers about new tables.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ import torch
 import lorakit
 from lorakit._optional import quiet
 from lorakit.cost.memory import peak_bytes, returning_memory
-from lorakit.experiments.recorded import read, record_runs
+from lorakit.experiments.sweep import sweep
+from lorakit.layers.dora import magnitude_direction
+from lorakit.models.targets import find_targets
 from lorakit.speed.activations import lean
 from lorakit.speed.cpu import fast
+from lorakit.tasks.facts import facts as new_facts
+from lorakit.tasks.facts import recall
 from lorakit.tasks.sql.task import execution_accuracy
 from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
@@ -34,12 +39,14 @@ from lorakit.training.reference_loop import plain_loop
 with quiet():
     import peft
 
-RESULTS = Path(__file__).with_name("results.json")
-STEPS, BATCH, RANK, TUNING, ITEMS = 44, 8, 16, 104, 208
-SEEDS = (0, 1, 2)
+HERE = Path(__file__).parent
+RANK, SEEDS = 16, [0, 1, 2]
+HOW = {"model": "smollm2", "steps": 44, "batch_size": 8, "tuning_items": 104, "test_items": 208}
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA = {"r": RANK, "lora_alpha": 2 * RANK} | ALL
+TINY = {"model": "tiny", "facts": 48, "steps": 150, "batch_size": 8}
+COMMAND = "python data/methods/record.py"
 TEXT = "Write one SQLite query that answers the question about the table."
 
 
@@ -62,7 +69,8 @@ METHODS = {
     "OLoRA": Method(peft.LoraConfig, LORA | {"lora_alpha": RANK, "init_lora_weights": "olora"}, 1e-3),
     "AdaLoRA": Method(
         peft.AdaLoraConfig,
-        {"init_r": 24, "target_r": RANK, "lora_alpha": 2 * RANK, "tinit": 8, "tfinal": 16, "total_step": STEPS} | ALL,
+        {"init_r": 24, "target_r": RANK, "lora_alpha": 2 * RANK, "tinit": 8, "tfinal": 16, "total_step": HOW["steps"]}
+        | ALL,
         1e-2,
     ),
     "LoHa": Method(peft.LoHaConfig, {"r": RANK // 2, "alpha": RANK} | ALL, 1e-2),
@@ -85,9 +93,9 @@ METHODS = {
 }
 
 
-def adapted(name, seed):
-    """SmolLM2 with PEFT's adapters of that method, in training mode, and its tokenizer."""
-    model, tokenizer = lorakit.load_model("smollm2")
+def adapted(name, seed, base=HOW["model"]):
+    """The base with PEFT's adapters of that method, in training mode, and its tokenizer."""
+    model, tokenizer = lorakit.load_model(base)
     settings = dict(METHODS[name].settings)
     if "prompt_tuning_init_text" in settings:
         settings["tokenizer_name_or_path"] = model.name_or_path
@@ -97,14 +105,13 @@ def adapted(name, seed):
         return peft.get_peft_model(model, METHODS[name].config(**settings)).train(), tokenizer
 
 
-def train(name, model, examples, lr, seed, steps=STEPS):
+def train(name, model, examples, **recipe):
     """`fit`; the same recipe in plain operations for the two methods whose loss is not that of the logits alone."""
-    settings = {"steps": steps, "batch_size": BATCH, "lr": lr, "seed": seed}
     if name in ("AdaLoRA", "prompt tuning"):
         allocate = getattr(model.base_model, "update_and_allocate", None)
-        with fast(model, 70 * BATCH), lean(model):
-            return plain_loop(model, examples, **settings, **({"after_step": allocate} if allocate else {}))
-    return lorakit.fit(model, examples, **settings, loraplus_ratio=METHODS[name].ratio, show=False).loss
+        with fast(model, 70 * recipe["batch_size"]), lean(model):
+            return plain_loop(model, examples, **recipe, **({"after_step": allocate} if allocate else {}))
+    return lorakit.fit(model, examples, **recipe, loraplus_ratio=METHODS[name].ratio, show=False).loss
 
 
 def right(name, model, tokenizer, items, only_exact=False):
@@ -127,52 +134,130 @@ def ranks(model):
     return {name: int(layer.lora_E["default"].count_nonzero()) for name, layer in modules if hasattr(layer, "lora_E")}
 
 
-def run(method, lr, seed):
-    """One training and its scores: `tuned_on` of the questions in new words; if it is the best yet, all of the rest."""
-    model, tokenizer = adapted(method, seed)
-    found = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    start = time.perf_counter()
-    try:
-        losses = train(method, model, encoded(tokenizer, lorakit.load_sql("train")), lr, seed)
-    except FloatingPointError as error:
-        return found | {"tuned_on": 0, "error": str(error)}
-    found |= {"seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
-    model.eval()
-    found["tuned_on"] = sum(right(method, model, tokenizer, lorakit.load_sql("phrasings")[:TUNING], only_exact=True))
-    others = [made["tuned_on"] for made in read(RESULTS)["runs"] if made.get("method") == method]
-    if seed or found["tuned_on"] > max(others, default=-1):
-        answered = right(method, model, tokenizer, lorakit.load_sql("tables")[:ITEMS])
-        found |= {"items": len(answered), "right": sum(answered)}
-    return found | ({"ranks": ranks(model)} if method == "AdaLoRA" else {})
+def run(method, lr, seed, model, steps, batch_size, tuning_items, test_items):
+    """One training and its scores: `tuned_on` of the questions in new words, `right` of those about new tables."""
+    adapter, tokenizer = adapted(method, seed, model)
+    found = {"trained": sum(p.numel() for p in adapter.parameters() if p.requires_grad)}
+    start, train_items = time.perf_counter(), encoded(tokenizer, lorakit.load_sql("train"))
+    losses = train(method, adapter, train_items, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    found |= {"train_seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
+    adapter.eval()
+    tuning, tests = lorakit.load_sql("phrasings")[:tuning_items], lorakit.load_sql("tables")[:test_items]
+    found["tuned_on"] = sum(right(method, adapter, tokenizer, tuning, only_exact=True))
+    found |= {"items": len(tests), "right": sum(right(method, adapter, tokenizer, tests))}
+    return found | ({"ranks": ranks(adapter)} if method == "AdaLoRA" else {})
 
 
-def grid(method):
-    """The settings to run, each chosen with an eye on the records so far."""
-
-    def tuned():
-        runs = [made for made in read(RESULTS)["runs"] if made.get("method") == method and made["seed"] == 0]
-        return {LADDER.index(made["lr"]): made["tuned_on"] for made in runs}
-
-    first = LADDER.index(METHODS[method].lr)
-    for i in (first, first - 1, first + 1):
-        yield {"method": method, "lr": LADDER[i], "seed": 0}
+def trainings(method):
+    """Tunes a method's rate and repeats the best with the other seeds; returns it. What is recorded is only read."""
+    first, command = LADDER.index(METHODS[method].lr), COMMAND + " trainings"
+    places = [first, first - 1, first + 1]
     while True:
-        best = max(tuned(), key=tuned().get)  # the first of equals
-        missing = [i for i in (best - 1, best + 1) if i not in tuned() and 0 <= i < len(LADDER)]
+        grid = {"method": method, "lr": [LADDER[i] for i in places], "seed": 0} | HOW
+        found = sweep(run, grid, HERE / "trainings", command=command)
+        assert len(found) == len(places), "another process is still tuning"
+        tuned = found.tuned_on.fillna(0).tolist()  # a run that diverged has none right
+        best = places[tuned.index(max(tuned))]  # the first of equals
+        missing = [i for i in (best - 1, best + 1) if i not in places and 0 <= i < len(LADDER)]
         if not missing:
             break
-        yield {"method": method, "lr": LADDER[missing[0]], "seed": 0}
-    for seed in SEEDS[1:]:
-        yield {"method": method, "lr": LADDER[best], "seed": seed}
+        places.append(missing[0])
+    grid = {"method": method, "lr": LADDER[best], "seed": SEEDS[1:]} | HOW
+    sweep(run, grid, HERE / "trainings", command=command)
+    return LADDER[best]
 
 
-def cost(of):
+def started(method, seed, model):
+    """The plain model with lorakit's adapters as PEFT starts them; or all of it to be trained."""
+    if method == "full":
+        plain, tokenizer = lorakit.load_model(model)
+        return plain.requires_grad_(True), tokenizer
+    theirs, tokenizer = adapted(method, seed, model)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        theirs.save_pretrained(folder)
+        plain = theirs.unload()
+        lorakit.load_adapter(plain, folder)
+    return plain, tokenizer
+
+
+def turn(method, lr, seed, model, steps, batch_size):
+    """One training; of each linear layer the mean change of its rows' lengths and directions."""
+    after, tokenizer = started(method, seed, model)
+    examples, recipe = encoded(tokenizer, lorakit.load_sql("train")), {"steps": steps, "batch_size": batch_size}
+    losses = lorakit.fit(after, examples, **recipe, lr=lr, seed=seed, show=False).loss
+    after, before = (after if method == "full" else lorakit.merge(after)), lorakit.load_model(model)[0]
+    pairs = {
+        name: (before.get_submodule(name).weight, after.get_submodule(name).weight) for name in find_targets(before)
+    }
+    changes = {name: [float(f"{x:.4g}") for x in magnitude_direction(*pair)] for name, pair in pairs.items()}
+    return {"loss": losses[-1], "changes": changes}
+
+
+def directions():
+    """How far training turns each weight matrix, and how much it changes its length, at each method's own rate."""
+    rates = {"full": 3e-4} | {method: trainings(method) for method in ("LoRA", "DoRA")}  # full: best of data/sft's four
+    how = {name: HOW[name] for name in ("model", "steps", "batch_size")}
+    grid = [{"method": method, "lr": lr, "seed": SEEDS} | how for method, lr in rates.items()]
+    sweep(turn, grid, HERE / "directions", command=COMMAND + " directions")
+
+
+def rule_runs(settings):
+    """The facts learnt with both scaling rules at all rates: adapters of one rank and seed are trained together."""
+    first = settings[0]
+    model, tokenizer = lorakit.load_model(first["model"])
+    items = new_facts(first["facts"], first["seed"])
+    specs = [lorakit.Spec(s["rank"], s["alpha"], s["lr"], s["seed"], "all-linear", s["scale_rule"]) for s in settings]
+    recipe, found = {"steps": first["steps"], "batch_size": first["batch_size"], "show": False}, []
+    for fitted in lorakit.fit_many(model, encoded(tokenizer, items), specs, **recipe):
+        fitted.attach(model)
+        found.append({"recall": 0.0 if fitted.error else round(recall(model, tokenizer, items), 4)})
+        lorakit.remove(model)
+    return found
+
+
+def rslora():
+    """Does rsLoRA do what another learning rate does not? Ranks, rules and rates on the tiny base."""
+    grid = {"rank": [1, 4, 16, 256], "seed": SEEDS, "scale_rule": ["lora", "rslora"]}
+    grid |= {"lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "alpha": 8.0} | TINY
+    sweep(rule_runs, grid, HERE / "rslora", together=["scale_rule", "lr"], command=COMMAND + " rslora")
+
+
+STARTS = {"Kaiming": None, "Gaussian": None, "PiSSA": lorakit.pissa_start, "OLoRA": lorakit.olora_start}
+
+
+def start_run(start, lr, seed, rank, alpha, model, facts, steps, batch_size):
+    """One training: the facts known afterwards, and the mean loss of the first fifty steps."""
+    base, tokenizer = lorakit.load_model(model)
+    items = new_facts(facts, seed)
+    torch.manual_seed(seed)
+    if STARTS[start]:
+        lorakit.inject(base, rank, alpha, layer=lorakit.PiSSALinear, start=STARTS[start])
+    else:
+        lorakit.inject(base, rank, alpha)
+    if start == "Gaussian":
+        for layer in lorakit.adapters(base).values():
+            torch.nn.init.normal_(layer.A, std=1 / rank)  # as PEFT's "gaussian" has it
+    recipe = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "show": False}
+    try:
+        losses = lorakit.fit(base, encoded(tokenizer, items), **recipe).loss
+    except FloatingPointError:
+        return {"recall": 0.0, "early": math.inf}
+    return {"recall": round(recall(base, tokenizer, items), 4), "early": round(sum(losses[:50]) / 50, 4)}
+
+
+def starts():
+    """Where A and B start, on the tiny base: uniform (Kaiming), Gaussian, PiSSA, OLoRA, each at three rates."""
+    grid = {"start": list(STARTS), "lr": [1e-3, 3e-3, 1e-2], "seed": SEEDS, "rank": 4, "alpha": 8.0} | TINY
+    sweep(start_run, grid, HERE / "starts", command=COMMAND + " starts")
+
+
+def cost(method):
     """What a method takes: see `print_cost`; each in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--cost-of", of], env=os.environ, stdout=subprocess.PIPE, check=True
+        [sys.executable, __file__, "--cost-of", method], env=os.environ, stdout=subprocess.PIPE, check=True
     )
     small = subprocess.run(
-        [sys.executable, __file__, "--memory-of", of], env=returning_memory(), stdout=subprocess.PIPE, check=True
+        [sys.executable, __file__, "--memory-of", method], env=returning_memory(), stdout=subprocess.PIPE, check=True
     )
     return json.loads(done.stdout.splitlines()[-1]) | json.loads(small.stdout.splitlines()[-1])
 
@@ -231,22 +316,18 @@ def print_memory(method):
     print(json.dumps({"adapter_bytes": sum(own.values()) - plain, "step_bytes": grown}))
 
 
-RECORD = {
-    "packages": ("torch", "transformers", "peft"),
-    "model": "smollm2",
-    "settings": {"steps": STEPS, "batch_size": BATCH, "tuning_items": TUNING, "test_items": ITEMS},
+STUDIES = {
+    "trainings": lambda: [trainings(method) for method in METHODS],
+    "costs": lambda: sweep(cost, {"method": list(METHODS)}, HERE / "costs", command=COMMAND + " costs"),
+    "directions": directions,
+    "rslora": rslora,
+    "starts": starts,
 }
-
-
-def main(*methods):
-    command = "python data/methods/record.py"
-    if methods[:1] == ("--cost",):
-        record_runs(RESULTS, [{"of": method} for method in METHODS], cost, command, **RECORD)
-        return
-    for method in methods or METHODS:
-        record_runs(RESULTS, grid(method), run, command, **RECORD)
-
 
 if __name__ == "__main__":
     single = {"--cost-of": print_cost, "--memory-of": print_memory}.get(sys.argv[1] if sys.argv[1:] else "")
-    single(sys.argv[2]) if single else main(*sys.argv[1:])
+    if single:
+        single(sys.argv[2])
+    else:
+        for name in sys.argv[1:] or STUDIES:
+            STUDIES[name]()

@@ -1,10 +1,9 @@
 """Trains SmolLM2 on the SQL task with LoRA, its base in 32, 16, 8 and 4 bits.
 
-    python data/qlora/record.py          all runs, about 35 minutes on two cores
-    python data/qlora/record.py NF4      the runs whose base begins so
-    python data/qlora/record.py budgets  memory of models that do not fit here, two minutes, into budgets.json
+    python data/qlora/record.py            all runs, about 35 minutes on two cores
+    python data/qlora/record.py budgets    one study: costs, trainings, or budgets of models that do not fit here
 
-Lesson 04 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
+Lesson 04 reads the records in these folders. A second start makes only those that are missing.
 """
 
 import json
@@ -19,7 +18,7 @@ import torch
 import lorakit
 from lorakit._optional import quiet
 from lorakit.cost.memory import peak_bytes, returning_memory
-from lorakit.experiments.recorded import record_runs
+from lorakit.experiments.sweep import sweep
 from lorakit.layers import nf4
 from lorakit.models.quantize import quantize_model
 from lorakit.speed.activations import lean
@@ -33,66 +32,80 @@ with quiet():
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-SIZES = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
-RESULTS = Path(__file__).with_name("results.json")
-STEPS, BATCH, RANK, ALPHA, ITEMS = 44, 8, 16, 32, 208
-SEEDS = (0, 1, 2)
+HERE = Path(__file__).parent
+ITEMS = 208
 LR = 3e-3  # the best of five for LoRA on the float32 base, as data/sft has it
-ARMS = {  # base -> learning rates
-    "float32": (LR,),
-    "bfloat16": (LR,),
-    "int8": (LR,),
-    "NF4": (LR, 1e-3, 1e-2),
-    "NF4, bfloat16": (LR,),
-    "NF4, twice the steps": (LR,),
-    "FP4": (LR,),
+RATES = {
+    "float32": [LR],
+    "bfloat16": [LR],
+    "int8": [LR],
+    "NF4": [LR, 1e-3, 1e-2],
+    "NF4, bfloat16": [LR],
+    "NF4, twice the steps": [LR],
+    "FP4": [LR],
 }
+LORA = {"model": "smollm2", "rank": 16, "alpha": 32}
+COSTS = {"arm": [arm for arm in RATES if "twice" not in arm]} | LORA
+TRAININGS = [
+    {"arm": arm, "lr": rates, "seed": [0, 1, 2], "steps": 88 if "twice" in arm else 44, "batch_size": 8} | LORA
+    for arm, rates in RATES.items()
+]
+
+BF16 = {"dtype": "bfloat16", "batch_size": 1, "tokens": 512, "checkpointing": True}
+MIXED = {"method": "full", "optimizer": "adamw-paged", "master_weights": True}
+QV = {"targets": [["q_proj", "v_proj"]], "rank": 4, "dtype": "float16", "batch_size": 1, "tokens": 2048}
+SIZES = ["llama-2-7b", "llama-2-13b", "llama-2-70b"]
+BUDGETS = [
+    *({"model": SIZES} | BF16 | more for more in (MIXED, {"method": ["lora", "qlora"]})),
+    {"model": "llama-65b"} | BF16 | {"method": "full", "optimizer": "adamw-paged"},
+    {"model": "llama-65b"} | BF16 | {"method": "qlora", "rank": 64},
+    {"model": "gpt-3-175b", "method": ["full", "lora"], "checkpointing": True} | QV,
+    {"model": "llama-2-7b", "method": ["full", "lora", "qlora"], "dtype": "bfloat16", "batch_size": 1}
+    | {"tokens": [256, 1024, 4096]},
+]
 
 
-def base(arm):
+def base(arm, model):
     """SmolLM2 with its linear layers as the arm has them, and its tokenizer."""
     dtype = torch.bfloat16 if "bfloat16" in arm else torch.float32
     if arm == "int8":
-        _, tokenizer = lorakit.load_model("smollm2")
+        _, tokenizer = lorakit.load_model(model)
         with quiet():
             config = BitsAndBytesConfig(load_in_8bit=True)
             name = tokenizer.name_or_path
             return AutoModelForCausalLM.from_pretrained(name, quantization_config=config, dtype=dtype), tokenizer
-    model, tokenizer = lorakit.load_model("smollm2", dtype=dtype)
+    model, tokenizer = lorakit.load_model(model, dtype=dtype)
     codebook = {"NF4": nf4.NF4, "FP4": nf4.FP4}.get(arm.split(",")[0])
     return (quantize_model(model, codebook=codebook) if codebook else model), tokenizer
 
 
-def adapted(arm, seed):
+def adapted(arm, seed, model, rank, alpha):
     """The same, with adapters that start alike in all arms; PEFT's on the 8-bit base, which computes in its own way."""
-    model, tokenizer = base(arm)
-    if arm != "int8":
-        torch.manual_seed(seed)
-        lorakit.inject(model, RANK, ALPHA)
-        return model, tokenizer
-    start, _ = lorakit.load_model("smollm2")
+    quantised, tokenizer = base(arm, model)
+    start = lorakit.load_model(model)[0] if arm == "int8" else quantised
     torch.manual_seed(seed)
-    lorakit.inject(start, RANK, ALPHA)
+    lorakit.inject(start, rank, alpha)
+    if arm != "int8":
+        return start, tokenizer
     with tempfile.TemporaryDirectory() as folder, quiet():
         lorakit.save_adapter(start, folder)
-        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True), tokenizer
+        return peft.PeftModel.from_pretrained(quantised, folder, is_trainable=True), tokenizer
 
 
-def train(model, examples, lr, seed, steps):
+def train(model, examples, **recipe):
     """`fit`, or for PEFT's model the same recipe in plain operations."""
-    settings = {"steps": steps, "batch_size": BATCH, "lr": lr, "seed": seed}
     if hasattr(model, "peft_config"):
-        return plain_loop(model, examples, **settings)
-    return lorakit.fit(model, examples, **settings, show=False).loss
+        return plain_loop(model, examples, **recipe)
+    return lorakit.fit(model, examples, **recipe, show=False).loss
 
 
-def run(arm, lr, seed):
+def run(arm, lr, seed, steps, batch_size, **lora):
     """One training and its scores on questions about new tables: `exact` to the letter, `right` by its rows."""
-    model, tokenizer = adapted(arm, seed)
+    model, tokenizer = adapted(arm, seed, **lora)
     start = time.perf_counter()
-    examples, steps = encoded(tokenizer, lorakit.load_sql("train")), STEPS * (2 if "twice" in arm else 1)
-    losses = train(model, examples, lr, seed, steps)
-    found = {"seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
+    examples = encoded(tokenizer, lorakit.load_sql("train"))
+    losses = train(model, examples, lr=lr, seed=seed, steps=steps, batch_size=batch_size)
+    found = {"train_seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
     items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
     found |= {"items": len(items), "exact": sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))}
     if lr == LR:  # generation takes longer than training
@@ -101,16 +114,16 @@ def run(arm, lr, seed):
     return found
 
 
-def cost(arm):
+def cost(**setting):
     """What a base takes, measured in a process of its own: bytes, and by how much a step exceeds them."""
-    command = [sys.executable, __file__, "--cost", arm]
+    command = [sys.executable, __file__, "--cost", json.dumps(setting)]
     done = subprocess.run(command, env=returning_memory(), capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_cost(arm):
+def print_cost(arm, **lora):
     """The body of that process: one step on 4 x 128 tokens, all labelled."""
-    model, _ = adapted(arm, 0)
+    model, _ = adapted(arm, 0, **lora)
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     ids = torch.randint(5, 49_000, (4, 128), generator=torch.Generator().manual_seed(0))
@@ -131,48 +144,17 @@ def print_cost(arm):
     print(json.dumps({"base_bytes": sum(tensors.values()) - trained, "step_bytes": grown}))
 
 
-def budgets():
-    """What models need that do not fit here, by `lorakit.budget`: deterministic, recorded because it takes a minute."""
-    bf16 = {"dtype": "bfloat16", "batch_size": 1, "tokens": 512, "checkpointing": True}
-    mixed = {"method": "full", "optimizer": "adamw-paged", "master_weights": True}
-    qv = {"targets": ["q_proj", "v_proj"], "rank": 4, "dtype": "float16", "batch_size": 1, "tokens": 2048}
-    grid = [
-        *({"model": name} | bf16 | more for name in SIZES for more in (mixed, {"method": "lora"}, {"method": "qlora"})),
-        {"model": "llama-65b"} | bf16 | {"method": "full", "optimizer": "adamw-paged"},
-        {"model": "llama-65b"} | bf16 | {"method": "qlora", "rank": 64},
-        *({"model": "gpt-3-175b", "method": method, "checkpointing": True} | qv for method in ("full", "lora")),
-        *(
-            {"model": "llama-2-7b", "method": method, "dtype": "bfloat16", "batch_size": 1, "tokens": tokens}
-            for tokens in (256, 1024, 4096)
-            for method in ("full", "lora", "qlora")
-        ),
-    ]
-
-    def run(model, **settings):
-        found = lorakit.budget(model, **settings)
-        return {"parameters": found.parameters, "trained": found.trained, "peak": found.peak}
-
-    record_runs(RESULTS.with_name("budgets.json"), grid, run, "python data/qlora/record.py budgets")
+def budget(model, **settings):
+    """What a model needs that does not fit here: deterministic, recorded because all of them take two minutes."""
+    found = lorakit.budget(model, **settings)
+    return {"parameters": found.parameters, "trained": found.trained, "peak": found.peak}
 
 
-def main(prefix=""):
-    chosen = {arm: rates for arm, rates in ARMS.items() if arm.startswith(prefix)}
-    record = {
-        "command": "python data/qlora/record.py",
-        "packages": ("torch", "transformers", "peft", "bitsandbytes"),
-        "model": "smollm2",
-        "settings": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA},
-    }
-    costs = [{"arm": arm, "of": "cost"} for arm in chosen if "twice" not in arm]
-    record_runs(RESULTS, costs, lambda arm, of: cost(arm), **record)
-    grid = [{"arm": arm, "lr": lr, "seed": seed} for arm, rates in chosen.items() for lr in rates for seed in SEEDS]
-    record_runs(RESULTS, grid, run, **record)
-
+STUDIES = {"costs": (cost, COSTS), "trainings": (run, TRAININGS), "budgets": (budget, BUDGETS)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--cost"]:
-        print_cost(sys.argv[2])
-    elif sys.argv[1:2] == ["budgets"]:
-        budgets()
+        print_cost(**json.loads(sys.argv[2]))
     else:
-        main(*sys.argv[1:2])
+        for name in sys.argv[1:] or STUDIES:
+            sweep(*STUDIES[name], HERE / name, command=f"python data/qlora/record.py {name}")

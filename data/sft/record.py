@@ -1,16 +1,13 @@
 """Trains SmolLM2 on the SQL task: through TRL; by lorakit with LoRA and fully, over learning rates; by prompt tuning.
 
-    python data/sft/record.py            all runs, about 40 minutes on two cores
-    python data/sft/record.py trl        the runs whose arm begins so
+    python data/sft/record.py      all runs, about 40 minutes on two cores
 
-Lesson 03 reads results.json. Runs are recorded one by one; a second start makes only those that are missing.
+Lesson 03 reads the records in trainings. A second start makes only those that are missing; several may share the work.
 """
 
 import os
-import sys
 import tempfile
 import time
-from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +17,7 @@ import torch
 
 import lorakit
 from lorakit._optional import quiet
-from lorakit.experiments.recorded import record_runs
+from lorakit.experiments.sweep import sweep
 from lorakit.speed.cpu import fast
 from lorakit.tasks.sql.task import execution_accuracy
 from lorakit.tasks.task import encoded
@@ -31,86 +28,84 @@ with quiet():
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-RESULTS = Path(__file__).with_name("results.json")
-STEPS, BATCH, RANK, ALPHA, VIRTUAL, ITEMS = 44, 8, 16, 32, 20, 208
-SEEDS = (0, 1, 2)
-ARMS = {  # arm -> learning rates
-    "TRL SFTTrainer": (3e-3,),
-    "LoRA": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "full": (3e-5, 1e-4, 3e-4, 1e-3),
-    "prompt tuning": (1e-1, 3e-1),
+FOLDER = Path(__file__).with_name("trainings")
+ITEMS = 208
+RATES = {
+    "TRL SFTTrainer": [3e-3],
+    "LoRA": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+    "full": [3e-5, 1e-4, 3e-4, 1e-3],
+    "prompt tuning": [1e-1, 3e-1],
 }
+SETTINGS = {"model": "smollm2", "steps": 44, "batch_size": 8, "rank": 16, "alpha": 32, "virtual_tokens": 20}
+GRID = [{"arm": arm, "lr": rates, "seed": [0, 1, 2]} | SETTINGS for arm, rates in RATES.items()]
 
 
-def lora(seed):
-    """A model with lorakit's adapters that start as PEFT's do with this seed, which draws numbers in another order."""
-    model, tokenizer = lorakit.load_model("smollm2")
-    torch.manual_seed(seed)
+def lora_config(how):
+    return peft.LoraConfig(r=how["rank"], lora_alpha=how["alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def run_lora(how):
+    """`fit` with lorakit's adapters that start as PEFT's do with this seed, which draws numbers in another order."""
+    model, tokenizer = lorakit.load_model(how["model"])
+    torch.manual_seed(how["seed"])
     with tempfile.TemporaryDirectory() as folder, quiet():
-        wrapped = peft.get_peft_model(model, lora_config())
+        wrapped = peft.get_peft_model(model, lora_config(how))
         wrapped.save_pretrained(folder)
         lorakit.load_adapter(wrapped.unload(), folder)
-    return model, tokenizer
+    return model, tokenizer, fitted(model, tokenizer, how)
 
 
-def lora_config():
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def run_lora(lr, seed):
-    model, tokenizer = lora(seed)
-    history = lorakit.fit(model, encoded(tokenizer, lorakit.load_sql("train")), **settings(lr, seed))
-    return model, tokenizer, history.loss
-
-
-def run_full(lr, seed):
-    model, tokenizer = lorakit.load_model("smollm2")
+def run_full(how):
+    model, tokenizer = lorakit.load_model(how["model"])
     model.requires_grad_(True)
-    history = lorakit.fit(model, encoded(tokenizer, lorakit.load_sql("train")), **settings(lr, seed))
-    return model, tokenizer, history.loss
+    return model, tokenizer, fitted(model, tokenizer, how)
 
 
-def settings(lr, seed):
-    return {"steps": STEPS, "batch_size": BATCH, "lr": lr, "seed": seed, "show": False}
+def recipe(how):
+    return {name: how[name] for name in ("steps", "batch_size", "lr", "seed")}
 
 
-def run_trl(lr, seed):
+def fitted(model, tokenizer, how):
+    return lorakit.fit(model, encoded(tokenizer, lorakit.load_sql("train")), **recipe(how), show=False).loss
+
+
+def run_trl(how):
     """SFTTrainer over prompt/completion columns, with peft_config; under `fast`, which changes no result."""
-    model, tokenizer = lorakit.load_model("smollm2")
+    model, tokenizer = lorakit.load_model(how["model"])
     items = lorakit.load_sql("train")
     columns = {"prompt": [i.prompt for i in items], "completion": [i.completion for i in items]}
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = SFTConfig(
-            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=lr, seed=seed,
+            output_dir=folder, max_steps=how["steps"], per_device_train_batch_size=how["batch_size"],
+            learning_rate=how["lr"], seed=how["seed"],
             warmup_steps=0.1, lr_scheduler_type="linear", weight_decay=0.0, use_cpu=True, bf16=False,
             activation_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
             dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = SFTTrainer(
             model=model, args=args, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
-            peft_config=lora_config(),
+            peft_config=lora_config(how),
         )  # fmt: skip
         trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if "Print" in type(c).__name__))
-        with fast(trainer.model, 50 * BATCH):
+        with fast(trainer.model, 50 * how["batch_size"]):
             trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.model, tokenizer, losses
 
 
-def run_prompt(lr, seed):
-    """PEFT's prompt tuning in the plain loop: `VIRTUAL` trained vectors before every prompt, started at words."""
-    model, tokenizer = lorakit.load_model("smollm2")
+def run_prompt(how):
+    """PEFT's prompt tuning in the plain loop: trained vectors before every prompt, started at words."""
+    model, tokenizer = lorakit.load_model(how["model"])
     config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, prompt_tuning_init="TEXT",
+        task_type="CAUSAL_LM", num_virtual_tokens=how["virtual_tokens"], prompt_tuning_init="TEXT",
         tokenizer_name_or_path=model.name_or_path,
         prompt_tuning_init_text="Write one SQLite query that answers the question about the table.",
     )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(how["seed"])
     with quiet():
         model = peft.get_peft_model(model, config)
-    examples = encoded(tokenizer, lorakit.load_sql("train"))
-    with fast(model, 70 * BATCH):
-        losses = plain_loop(model, examples, steps=STEPS, batch_size=BATCH, lr=lr, seed=seed)
+    with fast(model, 70 * how["batch_size"]):
+        losses = plain_loop(model, encoded(tokenizer, lorakit.load_sql("train")), **recipe(how))
     return model, tokenizer, losses
 
 
@@ -132,29 +127,16 @@ def scores(model, tokenizer, arm, lr):
 RUNS = {"TRL SFTTrainer": run_trl, "LoRA": run_lora, "full": run_full, "prompt tuning": run_prompt}
 
 
-def run(arm, lr, seed):
+def run(**how):
     start = time.perf_counter()
-    model, tokenizer, losses = RUNS[arm](lr, seed)
+    model, tokenizer, losses = RUNS[how["arm"]](how)
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trained": trained, **scores(model, tokenizer, arm, lr)} | {
+    return {"trained": trained, **scores(model, tokenizer, how["arm"], how["lr"])} | {
         "losses": [round(loss, 7) for loss in losses],
-        "seconds": round(seconds, 1),
+        "train_seconds": round(seconds, 1),
     }
 
 
-def main(prefix=""):
-    chosen = [(arm, rates) for arm, rates in ARMS.items() if arm.startswith(prefix)]
-    record_runs(
-        RESULTS,
-        [{"arm": arm, "lr": lr, "seed": seed} for arm, rates in chosen for lr, seed in product(rates, SEEDS)],
-        run,
-        "python data/sft/record.py",
-        ("torch", "transformers", "peft", "trl", "datasets"),
-        model="smollm2",
-        settings={"steps": STEPS, "batch_size": BATCH, "rank": RANK, "alpha": ALPHA, "virtual_tokens": VIRTUAL},
-    )
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    sweep(run, GRID, FOLDER, command="python data/sft/record.py")

@@ -6,9 +6,10 @@ together: [rank, alpha, lr, seed]
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, update_wrapper
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -119,6 +120,33 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def run(**setting: Any) -> dict[str, Any]:
     """One run of `runs`, for grids whose runs are not made together."""
     return runs([setting])[0]
+
+
+def beside(function: Callable[..., Any], settings: Sequence[dict[str, Any]], folder: Path) -> Callable[..., Any]:
+    """`run` or `runs` for a plan in a folder: tasks that are folders are looked for beside it, wherever it is run.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks a file.
+    """
+    tasks = {setting["task"] for setting in settings if _is_folder(setting)}
+    for path in (Path(folder, task, f"{part}.jsonl") for task in sorted(tasks) for part in ("train", "test")):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"expected a task of facts, sql or a folder with train.jsonl and test.jsonl, got no file {path}"
+            )
+    return update_wrapper(partial(_from_folder, function, Path(folder).resolve()), function) if tasks else function
+
+
+def _is_folder(setting: dict[str, Any]) -> bool:
+    task = setting.get("task", "facts")
+    return isinstance(task, str) and task not in ("facts", "sql")
+
+
+def _from_folder(function: Callable[..., Any], folder: Path, settings: Any = None, /, **setting: Any) -> Any:
+    def placed(each: dict[str, Any]) -> dict[str, Any]:
+        return each | ({"task": str(folder / each["task"])} if _is_folder(each) else {})
+
+    return function(**placed(setting)) if settings is None else function([placed(each) for each in settings])
 
 
 def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], list[Example]]:

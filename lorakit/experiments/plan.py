@@ -2,10 +2,12 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, update_wrapper
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +47,20 @@ class Plan:
         return expand(self.grid)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "function": ("file.py:name or package.module:name", lambda value: isinstance(value, str)),
+    "grid": ("a mapping of parameters to values, or several,", lambda value: isinstance(value, Mapping | list)),
+    "folder": ("a folder's name", lambda value: isinstance(value, str)),
+    "jobs": ("a whole number", lambda value: _whole(value) and value != 0),
+    "together": ("a list of parameters", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "at_once": ("a whole number above 0", lambda value: _whole(value) and value > 0),
+}  # of a plan's entries, in words and as a check
+
+
 def load_plan(path: str | PathLike) -> Plan:
     """Reads a plan and finds its function.
 
@@ -61,19 +77,29 @@ def load_plan(path: str | PathLike) -> Plan:
         ValueError: the plan is not YAML, lacks something, or says something unknown.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a plan, got no such file: {path}")
     try:
         plan = read_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"expected YAML in {path.name}, got: {' '.join(str(error).split())}") from None
     if not isinstance(plan, dict):
         raise ValueError(f"expected a mapping with function and grid in {path.name}, got {plan!r}")
-    known = {"function", "grid", "folder", "jobs", "together", "at_once"}
     if missing := {"function", "grid"} - set(plan):
         raise ValueError(f"expected {' and '.join(sorted(missing))} in {path.name}")
-    if unknown := set(plan) - known:
-        raise ValueError(f"expected {', '.join(sorted(known))} in {path.name}, got {', '.join(sorted(unknown))}")
-    expand(plan["grid"])
+    if unknown := set(plan) - set(FORMS):
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"expected {', '.join(sorted(FORMS))} in {path.name}, got {names}")
+    for name, value in plan.items():
+        form, fits = FORMS[name]
+        if not fits(value):
+            raise ValueError(f"expected {form} for {name} in {path.name}, got {value!r}")
+    settings = expand(plan["grid"])
     function = find_function(plan["function"], path.parent)
+    if function.__module__ == "lorakit.experiments.ablation":  # there a task may be a folder
+        from lorakit.experiments.ablation import beside
+
+        function = beside(function, settings, path.parent)
     options = {name: plan[name] for name in ("jobs", "together", "at_once") if name in plan}
     return Plan(function, plan["grid"], path.parent / plan.get("folder", path.stem), options)
 
@@ -88,27 +114,62 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
     module, _, attribute = str(name).rpartition(":")
     if not module or not attribute:
         raise ValueError(f"expected file.py:name or package.module:name, got {name!r}")
-    found = _from_file(folder / module) if module.endswith(".py") else _from_package(module)
-    function = getattr(found, attribute, None)
+    if module.endswith(".py"):
+        return FileFunction((folder / module).resolve(), attribute)
+    try:
+        return _attribute(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"expected a module {module!r}: {error}") from None
+
+
+def _attribute(module: ModuleType, name: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"expected a function {attribute!r} in {module}, got {function!r}")
+        raise ValueError(f"expected a function {name!r} in {module.__name__}, got {function!r}")
     return function
 
 
-def _from_file(path: Path) -> ModuleType:
-    """The module, importable by its stem as well, so that other processes find what it defines."""
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a file with the function, got none at {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+class FileFunction:
+    """A function in a file that no import finds; other processes, to which it is pickled, read the file again."""
+
+    def __init__(self, path: Path, name: str):
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a file with the function, got none at {path}")
+        self.place = path, name
+        update_wrapper(self, _attribute(_module(path, path.stat().st_mtime_ns), name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return FileFunction, self.place
+
+
+@cache
+def _module(path: Path, changed: int) -> ModuleType:
+    """The module in a file, which finds its neighbours while it is read; `sys.path` and `sys.modules` stay as they are.
+
+    Its folder comes last in `sys.path`: a neighbour `random.py` is not taken for the library's.
+    """
+    name, folder = f"_plan_{path.stem}", str(path.parent)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent.resolve()))
-    spec.loader.exec_module(module)
+    known, importable = set(sys.modules), folder in map(os.path.abspath, sys.path)
+    sys.modules[name] = module  # dataclasses look there while they are made
+    sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
+        new = {each: found for each, found in list(sys.modules.items()) if each not in known}
+        tops = {each for each, found in new.items() if not importable and folder in _places(found)}
+        for each in new:
+            if each == name or each.partition(".")[0] in tops:
+                del sys.modules[each]
     return module
 
 
-def _from_package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"expected a module {name!r}: {error}") from None
+def _places(module: ModuleType) -> list[str]:
+    """The folders in which a module's file lies, or in which that of a package's folder does."""
+    spec = getattr(module, "__spec__", None)
+    return [str(Path(each).parent) for each in [spec and spec.origin, *getattr(module, "__path__", [])] if each]

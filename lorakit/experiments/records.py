@@ -29,7 +29,7 @@ def expand(grid: Grid) -> list[Settings]:
     Raises:
         ValueError: a parameter has no values, or one that JSON cannot hold; or there are no settings at all.
     """
-    found, parts = {}, [grid] if isinstance(grid, Mapping) else list(grid)
+    found, parts = {}, [grid] if isinstance(grid, Mapping) else list(grid) if isinstance(grid, Iterable) else [grid]
     if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(f"expected a mapping of parameters to values, or several, got {grid!r}")
     for part in parts:
@@ -86,7 +86,7 @@ def survey(
             state.done += not record["error"]
         elif guide:
             record = read_record(Path(guide, path.name))
-        if record is not None and not record["error"]:
+        if record is not None and not record["error"] and record["seconds"] is not None:
             expected[path.name] = record["seconds"]
     if expected:
         names = [record_path(folder, setting).name for setting in state.missing]
@@ -99,19 +99,35 @@ def frame(folder: str | os.PathLike, settings: Iterable[Settings] | None = None)
 
     Args:
         folder: where a sweep has put them.
-        settings: those that are wanted, as `expand` gave them; all if None.
+        settings: those that are wanted, as `expand` gave them, in their order; if None all, ordered by their values.
 
     Returns:
-        also `error`, empty for a run that went well, and `seconds`, its share of the time. Runs that are missing or
-        damaged have no row.
+        also `error`, empty for a run that went well, and `seconds`, its share of the time, NaN if that was not
+        recorded. Runs that are missing or damaged have no row.
     """
-    if settings is None:
-        paths = sorted(Path(folder).glob("*.json"))
-    else:
-        paths = [record_path(folder, setting) for setting in settings]
-    records = [record for record in map(read_record, paths) if record is not None]
+    records = read_records(folder, settings)
     rows = [r["settings"] | r["result"] | {"seconds": r["seconds"], "error": r["error"]} for r in records]
     return pd.DataFrame(rows, columns=None if rows else ["seconds", "error"])
+
+
+def read_records(folder: str | os.PathLike, settings: Iterable[Settings] | None = None) -> list[dict[str, Any]]:
+    """The whole records of a folder: `settings`, `result`, `error`, `seconds`, `command`, `device`, `versions` ...
+
+    Args:
+        folder: where a sweep has put them.
+        settings: as for `frame`.
+    """
+    if settings is not None:
+        found = [read_record(record_path(folder, setting)) for setting in settings]
+        return [record for record in found if record is not None]
+    found = [record for record in map(read_record, Path(folder).glob("*.json")) if record is not None]
+    return sorted(found, key=lambda record: [(name, *_place(value)) for name, value in record["settings"].items()])
+
+
+def _place(value: Any) -> tuple[bool, float, str]:
+    """Where a value of a parameter comes among others: numbers by size, then the rest by how it is written."""
+    number = isinstance(value, int | float)
+    return (not number, value if number else 0.0, "" if number else canonical(value))
 
 
 def record_path(folder: str | os.PathLike, setting: Settings) -> Path:
@@ -139,7 +155,7 @@ def read_record(path: Path, damaged: list[Path] | None = None) -> dict[str, Any]
             return record
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     if damaged is not None:
         aside = path.with_suffix(".damaged")

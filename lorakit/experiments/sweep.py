@@ -8,13 +8,11 @@ frame = sweep(train, {"rank": [1, 4, 16], "lr": [1e-3, 1e-2], "seed": range(5)},
 """
 
 import json
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 
 from lorakit._progress import Progress, duration
+from lorakit.experiments.circumstances import circumstances
 from lorakit.experiments.records import (
     Grid,
     Settings,
@@ -35,8 +34,6 @@ from lorakit.experiments.records import (
     survey,
     write_record,
 )
-
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "numpy", "lorakit")
 
 
 def sweep(
@@ -78,6 +75,8 @@ def sweep(
         ValueError: the grid is not one, or `together` names a parameter that it does not have.
     """
     settings, folder = expand(grid), Path(folder)
+    if isinstance(together, str):
+        raise ValueError(f"expected a list of parameters for together, got {together!r}")
     unknown = [name for name in together if not any(name in setting for setting in settings)]
     if unknown or at_once < 1:
         raise ValueError(f"expected parameters of the grid and at_once >= 1, got {unknown or at_once}")
@@ -127,7 +126,9 @@ def _make(run: Callable, settings: list[Settings], folder: Path, batched: bool, 
                 results = list(run(mine))
                 if len(results) != len(mine):
                     raise ValueError(f"expected {len(mine)} results, got {len(results)}")
-            except Exception:
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
                 pass  # one of them is at fault: one by one it is found
             else:
                 seconds = (time.perf_counter() - start) / len(mine)
@@ -146,22 +147,14 @@ def _record(
     start, result, error = time.perf_counter(), {}, ""
     try:
         result = _plain(call(), setting)
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a run that calls sys.exit has failed; the sweep has not
         error = traceback.format_exc()
     seconds = time.perf_counter() - start if seconds is None else seconds
-    write_record(folder, setting, result=result, error=error, seconds=round(seconds, 3), **facts, **circumstances())
-
-
-def circumstances() -> dict[str, Any]:
-    """What a result may depend on besides its settings: device, threads, versions of what is loaded."""
-    torch = sys.modules.get("torch")
-    gpu = torch is not None and torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if gpu else f"cpu, {platform.machine()}",
-        "threads": torch.get_num_threads() if torch else None,
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in PACKAGES if name in sys.modules},
-    }
+    write_record(
+        folder, setting, result=result, error=error, seconds=round(seconds, 3), **facts, **circumstances(setting)
+    )
 
 
 def _command() -> str:
