@@ -84,6 +84,7 @@ def test_parameters_and_weights_are_the_real_models(name, dtype):
     assert found.gradient_bytes == found.checkpoint_bytes == sizes_of(model.parameters())
 
 
+@pytest.mark.long
 @each_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_are_pefts(name, dtype):
@@ -366,6 +367,7 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         budget("nobody/nothing")
 
 
+@pytest.mark.long
 def test_the_command_prints_a_column_for_each_method(capfd):
     assert cli.main(["budget", "tiny", "--tokens", "8", "--rank", "2"]) == 0
     text, errors = capfd.readouterr()

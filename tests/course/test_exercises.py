@@ -1324,6 +1324,7 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
 EACH_MISTAKE = [(check, *mistake) for check, mistakes in MISTAKES.items() for mistake in mistakes]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("check", "answer", "hint"), EACH_MISTAKE, ids=[f"{c}: {hint}" for c, _, hint in EACH_MISTAKE])
 def test_a_mistake_is_refused_with_its_hint(check, answer, hint, capsys):
     with pytest.raises(CheckFailed, match=re.escape(hint)) as caught:

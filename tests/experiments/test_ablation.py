@@ -24,6 +24,7 @@ TASK = sql_task(2)
 SHORT = {"task": "facts", "n": 16, "steps": 40, "batch_size": 8, "rank": 4, "alpha": "2r", "lr": 5e-3, "seed": 1}
 
 
+@pytest.mark.long
 def test_together_is_as_one_by_one():
     settings = expand([SHORT | {"rank": [2, 4], "seed": [0, 1]}, SHORT | {"targets": [["q_proj", "v_proj"]]}])
     together, single = ablation.runs(settings), [ablation.run(**setting) for setting in settings]
@@ -54,6 +55,7 @@ def test_the_random_state_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [
@@ -74,6 +76,7 @@ def test_every_setting_makes_a_difference_and_learns(more):
     assert other["loss"] < 0.9 * untaught["loss"]
 
 
+@pytest.mark.long
 def test_bitsandbytes_leaves_small_matrices_in_32_bit():
     """The default of 4,096 numbers is more than any matrix of a small adapter has: nothing is stored in 8 bit."""
     usual, default, forced = (ablation.run(**SHORT | {"optimizer": name}) for name in list(ablation.OPTIMIZERS)[:3])
@@ -108,6 +111,7 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.long
 def test_a_folder_of_prompts_and_completions_is_a_task(tmp_path):
     rows = [{"prompt": fact.prompt, "completion": fact.completion} for fact in facts(16, 1)]
     write_lines(tmp_path / "train.jsonl", rows)

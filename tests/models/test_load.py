@@ -223,6 +223,7 @@ def start_racer(workshop, log: Path, end: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_of_two_processes_only_one_converts(workshop, tmp_path):
     racers = [start_racer(workshop, tmp_path / "log", "ends") for _ in range(2)]
     outputs = [racer.communicate(timeout=120) for racer in racers]

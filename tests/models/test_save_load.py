@@ -269,6 +269,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
+@pytest.mark.long
 def test_killed_saves_never_leave_a_file_that_loads_wrong(tmp_path):
     script = (
         "import sys, torch; from torch import nn; from lorakit import inject, save_adapter\n"

@@ -157,6 +157,7 @@ def test_a_long_bar_is_echoed_now_and_then(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.long
 def test_refresh_writes_clean_outputs_twice_the_same(notebooks):
     cells = [code("n = 2  # count", "parameters"), code(BAR, "nbval-ignore-output"), code("print(n)\nn")]
     path = write_lesson(notebooks, "00_first", *cells)
@@ -175,6 +176,7 @@ def test_refresh_writes_clean_outputs_twice_the_same(notebooks):
     assert path.read_bytes() == first
 
 
+@pytest.mark.long
 def test_refresh_saves_neither_litter_nor_a_failure(notebooks, capsys):
     litter = [
         "import sys",

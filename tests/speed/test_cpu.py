@@ -61,6 +61,7 @@ print(faults())
 """
 
 
+@pytest.mark.long
 @here
 def test_memory_is_kept_while_it_is_open_and_given_back_afterwards():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)

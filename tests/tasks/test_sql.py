@@ -161,6 +161,7 @@ def harder_items(split: str, level: int) -> tuple[Item, ...]:
     return tuple(generate(split, 200, level=level))
 
 
+@pytest.mark.long
 @each_level
 def test_a_level_has_the_shapes_of_those_below_it_in_equal_shares(level):
     shapes = {shape.name for each in levels_2_to_4.LEVELS[:level] for shape in each}
@@ -175,6 +176,7 @@ def test_a_level_has_the_shapes_of_those_below_it_in_equal_shares(level):
         assert ("\n" in items[0].schema) == (level == 4)
 
 
+@pytest.mark.long
 @each_level
 def test_no_harder_question_is_shared_between_splits(level):
     prompts = {split: {item.prompt for item in harder_items(split, level)} for split in SPLITS}
@@ -191,6 +193,7 @@ def test_no_harder_question_is_shared_between_splits(level):
         assert not (tokens(item.schema) | set(re.findall(r"'(\w+)'", item.answer))) & (schemas | words)
 
 
+@pytest.mark.long
 @each_level
 def test_a_harder_question_and_its_schema_name_what_the_query_needs(level):
     for item in (item for split in SPLITS for item in harder_items(split, level)):
@@ -367,6 +370,7 @@ def wrong_answers(item: Item) -> set[str]:
     return wrong - {gold}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("split", SPLITS)
 def test_wrong_answers_differ_on_some_population(split):
     tried = 0
