@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._optional import need, quiet
-from lorakit.course.checks.grading import as_tensor, ask, judge, parts, random_matrix, require, same
+from lorakit.course.checks.exercise import Case, exercise, in_parts
+from lorakit.course.checks.grading import as_tensor, ask, judge, random_matrix, require, same
 from lorakit.layers.lora import LoRALinear
 from lorakit.training.batch import IGNORE, Example
 
@@ -44,37 +45,56 @@ NAMES = [  # a layer, target_modules, whether PEFT adapts it, and why
     (Q_PROJ, r".*\.self_attn", False, "a regular expression must match up to the end: fullmatch, not match"),
     (Q_PROJ, r"self_attn\.q_proj", False, "a regular expression must match from the beginning: fullmatch, not search"),
 ]
-STATES = [  # an adapter, the size of B, alpha, in training mode, whether it acts, and why
-    ("a trained adapter", 1.0, 4.0, False, True, "logits differ once it is off: `with model.disable_adapter():`"),
-    ("a fresh adapter", 0.0, 4.0, False, False, "B is zero, and without it every logit stays the same"),
-    ("a trained adapter, alpha = 0", 1.0, 0.0, False, False, "B is not zero, but the scale is: compare logits"),
-    ("an adapter after one step", 1e-5, 4.0, False, True, "it acts, if weakly: is there a tolerance that hides it?"),
-    ("a fresh adapter, in training mode", 0.0, 4.0, True, False, "dropout makes the difference: call model.eval()"),
+STATES = [  # an adapter, its model, in training mode, whether it acts, and why
+    ("a trained adapter", {}, False, True, "logits differ once it is off: `with model.disable_adapter():`"),
+    ("a fresh adapter", {"size": 0.0}, False, False, "B is zero, and without it every logit stays the same"),
+    ("a trained adapter, alpha = 0", {"alpha": 0.0}, False, False, "B is not zero, but the scale is: compare logits"),
+    (
+        "an adapter after one step",
+        {"size": 1e-5},
+        False,
+        True,
+        "it acts, if weakly: is there a tolerance that hides it?",
+    ),
+    (
+        "a fresh adapter, in training mode",
+        {"size": 0.0},
+        True,
+        False,
+        "dropout makes the difference: call model.eval()",
+    ),
+    (
+        "a trained adapter of an unused layer",
+        {"used": False},
+        False,
+        False,
+        "no logit passes through it: compare logits",
+    ),
 ]
 FIELDS = ("trained", "seconds", "gradient_bytes", "optimizer_bytes", "first_loss", "final_loss")
 EXAMPLES = [Example([1, k, *x, 2], [IGNORE] * 2 + [*x, 2]) for k in range(3, 11) for x in [[k] * (2 + k % 2)]]
 
 
-def check_mask(mask: Any) -> None:
+@exercise(
+    "right: the completion and its end are counted, nothing else is, also where pad_id is the end token",
+    "input_ids, attention_mask, labels",
+)
+def check_mask() -> Iterator[Case]:
     """Checks `mask(prompt_ids, completion_ids, length, pad_id) -> (input_ids, attention_mask, labels)`."""
     for prompt, reply, length, pad in TEXTS:
-        on = f"prompt {prompt}, completion {reply}, length {length}, pad_id {pad}"
-        ids, seen, labels = parts(ask(mask, prompt, reply, length, pad, on=on), "input_ids, attention_mask, labels", on)
         text, n, gap = prompt + reply, len(prompt), length - len(prompt + reply)
         padded, none, rest = text + [pad] * gap, [IGNORE] * n, [IGNORE] * gap
-        mistakes = {
+        ids = {
             "is padded on the left: generation wants that, training pads on the right": [pad] * gap + text,
             "is not padded to `length`": text,
         }
-        judge(ids, torch.tensor(padded), mistakes, on, "input_ids")
-        mistakes = {
+        seen = {
             "is 1 on the padding: only the text is seen": [1] * length,
             "goes by value: a token of the text may equal pad_id, go by position": [int(t != pad) for t in padded],
             "is 0 on the prompt: it has no labels, but it is read": [0] * n + [1] * len(reply) + [0] * gap,
         }
-        judge(seen, torch.tensor([1] * len(text) + [0] * gap), mistakes, on, "attention_mask")
         want, by_value = none + reply + rest, [IGNORE if t == pad else t for t in padded]
-        mistakes = {
+        labels = {
             "is shifted: the model does that itself, label i is token i": [*want[1:], IGNORE],
             "goes by value: what equals pad_id may be the end, which is then never learned": none + by_value[n:],
             "counts the prompt: its labels are -100": text + rest,
@@ -84,8 +104,9 @@ def check_mask(mask: Any) -> None:
             "counts the prompt instead of the completion": prompt + [IGNORE] * (length - n),
             "leaves out the end token, so nobody learns to stop": none + reply[:-1] + [IGNORE, *rest],
         }
-        judge(labels, torch.tensor(want), mistakes, on, "labels")
-    print("right: the completion and its end are counted, nothing else is, also where pad_id is the end token")
+        three = (padded, ids), ([1] * len(text) + [0] * gap, seen), (want, labels)
+        on = f"prompt {prompt}, completion {reply}, length {length}, pad_id {pad}"
+        yield Case(on, (prompt, reply, length, pad), *in_parts(*three))
 
 
 def check_modern(modern: Any) -> None:
@@ -123,8 +144,8 @@ def check_matches(matches: Any) -> None:
 def check_is_active(is_active: Any) -> None:
     """Checks `is_active(model, ids) -> bool`: whether the logits with the adapter are others than without it."""
     ids, given = torch.tensor([[1, 5, 7, 2], [3, 3, 9, 10]]), []
-    for on, size, alpha, training, want, why in STATES:
-        model = _Adapted(size, alpha).train(training)
+    for on, adapter, training, want, why in STATES:
+        model = _Adapted(**adapter).train(training)
         got = _truth(ask(_watched(is_active, lambda model, _: given.append(model)), model, ids, on=on), on)
         require(got == want, on, f"should be {want}: {why}")
         mode = "eval" if training else "training"
@@ -201,7 +222,7 @@ def _adapter(made: list, on: str) -> list[nn.Parameter]:
 class _Adapted(nn.Module):
     """A model with dropout of its own and one adapter, which is switched off as in PEFT's models."""
 
-    def __init__(self, size: float, alpha: float):
+    def __init__(self, size: float = 1.0, alpha: float = 4.0, used: bool = True):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             self.embed = nn.Embedding(11, 8).requires_grad_(False)
@@ -209,11 +230,12 @@ class _Adapted(nn.Module):
         for seed, p in enumerate(self.parameters()):
             p.data = random_matrix(*p.shape, seed=seed)
         self.layer.B.data *= size
-        self.dropout, self.recorded = nn.Dropout(0.5), False
+        self.used, self.dropout, self.recorded = used, nn.Dropout(0.5), False
 
     def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         self.recorded |= torch.is_grad_enabled()
-        return SimpleNamespace(logits=self.layer(self.dropout(self.embed(input_ids))))
+        layer = self.layer if self.used else self.layer.base
+        return SimpleNamespace(logits=layer(self.dropout(self.embed(input_ids))))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
