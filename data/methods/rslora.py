@@ -1,4 +1,4 @@
-"""Ranks, scaling rules and learning rates on the tiny base: does rsLoRA do what another learning rate does not?
+"""Ranks, scale rules and learning rates on the tiny base: does rsLoRA do what another learning rate does not?
 
     python data/methods/rslora.py      120 trainings, many at once
 
@@ -23,13 +23,13 @@ def run(rank, seed):
     model, tokenizer = lorakit.load_model("tiny")
     items, start = facts(FACTS, seed), time.perf_counter()
     grid = list(product(("lora", "rslora"), RATES))
-    specs = [lorakit.Spec(rank, ALPHA, lr, seed, scaling=scaling) for scaling, lr in grid]
+    specs = [lorakit.Spec(lorakit.LoRAConfig(rank, ALPHA, scale_rule=rule), lr, seed) for rule, lr in grid]
     recalls = {"lora": {}, "rslora": {}}
-    for fitted, (scaling, lr) in zip(
+    for fitted, (rule, lr) in zip(
         lorakit.fit_many(model, encoded(tokenizer, items), specs, steps=STEPS, show=False), grid, strict=True
     ):
         fitted.attach(model)
-        recalls[scaling][f"{lr:g}"] = 0.0 if fitted.error else round(recall(model, tokenizer, items), 4)
+        recalls[rule][f"{lr:g}"] = 0.0 if fitted.error else round(recall(model, tokenizer, items), 4)
         lorakit.remove(model)
     return {"recall": recalls, "seconds": round(time.perf_counter() - start, 1)}
 
