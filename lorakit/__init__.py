@@ -2,6 +2,7 @@
 
 from lorakit.cost.budget import Budget, budget
 from lorakit.layers.bnb import prevent_repacking
+from lorakit.layers.config import LoRAConfig
 from lorakit.layers.dora import DoRALinear
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4_linear import NF4Linear
@@ -33,6 +34,7 @@ __all__ = [
     "Example",
     "Fitted",
     "History",
+    "LoRAConfig",
     "LoRALinear",
     "NF4Linear",
     "PiSSALinear",
