@@ -20,6 +20,7 @@ from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Fitted, Spec, fit_many
 from lorakit.training.generate import greedy
 from lorakit.training.optim import loraplus_groups
+from lorakit.training.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LoRALinear",
     "NF4Linear",
     "PiSSALinear",
+    "Recipe",
     "Spec",
     "adapters",
     "budget",
