@@ -22,6 +22,7 @@ from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Fitted, Spec, fit_many
 from lorakit.training.generate import greedy
 from lorakit.training.optim import loraplus_groups
+from lorakit.training.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LoRALinear",
     "NF4Linear",
     "PiSSALinear",
+    "Recipe",
     "Spec",
     "Task",
     "adapters",

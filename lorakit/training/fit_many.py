@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
 from lorakit.training.batch import Example
 from lorakit.training.fit import History, Run, train
+from lorakit.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,11 @@ def fit_many(
     model: nn.Module,
     examples: Sequence[Example] | Sequence[Sequence[Example]],
     specs: Iterable[Spec],
+    recipe: Recipe | None = None,
     *,
-    steps: int,
-    batch_size: int = 8,
-    warmup: float = 0.1,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
+    accelerate: bool = True,
     show: bool = True,
+    **numbers: Any,
 ) -> list[Fitted]:
     """Trains an adapter for every spec, all at once, on one frozen model.
 
@@ -69,9 +69,9 @@ def fit_many(
         model: a plain model; it is plain again afterwards, with the same weights.
         examples: for all; or a list of lists, the examples of each spec.
         specs: the adapters.
-        steps: optimiser steps of each.
-        batch_size: examples a step of each.
-        warmup, weight_decay, clip, show: as in `fit`; gradients are clipped adapter by adapter.
+        recipe: for each; or give its numbers by name.
+        accelerate, show: as in `fit`.
+        numbers: those of a `Recipe`, as in `fit`; gradients are clipped adapter by adapter.
 
     Returns:
         a `Fitted` for each spec, in their order. One that diverged says so in `error`, and does not disturb the others.
@@ -79,7 +79,7 @@ def fit_many(
     Raises:
         ValueError: as `inject` and `fit`; or a layer does not see every token in order, as in a mixture of experts.
     """
-    specs = list(specs)
+    specs, recipe = list(specs), Recipe.of(recipe, numbers)
     own = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
@@ -96,7 +96,7 @@ def fit_many(
             for layers, texts, spec in zip(made, own, specs, strict=True)
         ]
         with _counting(model, stacks.values()):
-            train(model, runs, steps, batch_size, warmup, weight_decay, clip, show)
+            train(model, runs, recipe, accelerate, show)
     finally:
         replace(model, {module: module.base for module in model.modules() if isinstance(module, LoRAStack)})
         for parameter, grad in grads.items():
