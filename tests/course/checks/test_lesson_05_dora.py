@@ -1,7 +1,7 @@
 """The checks of lesson 05, DoRA and friends: what they say to answers that they do not know themselves."""
 
 import torch
-from helpers.exercises import SOLVED, assert_refused, each_mistake
+from helpers.exercises import SOLVED, assert_refused, changed, each_mistake
 
 
 def allocated(rule):
@@ -29,8 +29,8 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda W, rank, s: unshared(W, rank, s, 1.0, 0.0), "do not share the singular values"),
         (lambda W, rank, s: unshared(W, rank, s, 0.0, 1.0), "do not share the singular values"),
         (lambda W, rank, s: (lambda A, B, R: (B, A, R))(*SOLVED["check_pissa"](W, rank, s)), "mixed up"),
-        (lambda W, rank, s: (*SOLVED["check_pissa"](W, rank, s)[:2], None), "residual should be a tensor"),
-        (lambda W, rank, s: (*SOLVED["check_pissa"](W, rank, s)[:2], W[:2]), "residual should have shape"),
+        (changed("check_pissa", 2, lambda residual: None), "residual should be a tensor"),
+        (changed("check_pissa", 2, lambda residual: residual[:2]), "residual should have shape"),
         (lambda W, rank, s: SOLVED["check_pissa"](W, rank, s)[:2], "expected `return A, B, residual`"),
         (lambda W, rank, s: (*SOLVED["check_pissa"](W, rank, s)[:2], W), "is W: take s B A off"),
     ],
@@ -41,31 +41,20 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda d, n: {k: v > torch.cat(list(d.values())).topk(n).values[-1] for k, v in d.items()}, "the budget is"),
         (lambda d, n: {k: int(v.sum()) for k, v in SOLVED["check_allocate"](d, n).items()}, "entries, True or False"),
         (lambda d, n: (d.clear(), {})[1], "an argument was changed in place"),
-        (
-            lambda d, n: {k: v for k, v in SOLVED["check_allocate"](d, n).items() if v.any()},
-            "a dict with a mask for each layer",
-        ),
+        (lambda d, n: {"q_proj": SOLVED["check_allocate"](d, n)["q_proj"]}, "a dict with a mask for each layer"),
         (allocated(lambda x, n, k: x == x), "everything is kept"),
         (lambda d, n: torch.cat(list(SOLVED["check_allocate"](d, n).values())), "a dict with a mask for each layer"),
-        (
-            lambda d, n: {
-                k: v * m for (k, v), m in zip(d.items(), SOLVED["check_allocate"](d, n).values(), strict=True)
-            },
-            "entries, True or False",
-        ),
+        (lambda d, n: d, "entries, True or False"),
         (allocated(lambda x, n, k: torch.arange(len(x)) < n), "is for all layers together"),
         (lambda d, n: {k: v.flip(0) for k, v in SOLVED["check_allocate"](d, n).items()}, "more important directions"),
         (lambda d, n: dict(reversed(SOLVED["check_allocate"](d, n).items())), "in another order"),
     ],
     "check_tradeoff": [
-        (lambda arms: (SOLVED["check_tradeoff"](arms)[0][:-1], {}), "candidates are wrong about"),
-        (lambda arms: (SOLVED["check_tradeoff"](arms)[0] * 2, {}), "is named twice"),
+        (changed("check_tradeoff", 0, lambda names: names[:-1]), "candidates are wrong about"),
+        (changed("check_tradeoff", 0, lambda names: names * 2), "is named twice"),
         (lambda arms: (3, {}), "a list of the arms' names"),
-        (lambda arms: (SOLVED["check_tradeoff"](arms)[0], {}), "one entry for each arm but the first"),
-        (
-            lambda arms: (SOLVED["check_tradeoff"](arms)[0], {a["name"]: "equal" for a in arms[1:]}),
-            "of QLoRA, got 'equal'",
-        ),
+        (changed("check_tradeoff", 1, lambda verdicts: {}), "one entry for each arm but the first"),
+        (changed("check_tradeoff", 1, lambda verdicts: dict.fromkeys(verdicts, "equal")), "of QLoRA, got 'equal'"),
         (
             lambda arms: SOLVED["check_tradeoff"](
                 [a | {"accuracy": [max(a["accuracy"]) + x for x in (-1e-9, 0, 1e-9)]} for a in arms]

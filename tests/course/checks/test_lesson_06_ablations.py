@@ -6,74 +6,72 @@ from helpers.exercises import SOLVED, assert_refused, each_mistake
 from lorakit.experiments import stats
 
 
-def said(low, high):
-    return "higher" if low > 0 else "lower" if high < 0 else "cannot be separated"
+def worded(low, high):
+    return "a is higher" if low > 0 else "b is higher" if high < 0 else "cannot be separated"
+
+
+def by_arms(a, b):
+    """The interval of a difference between arms that are not paired."""
+    found = stats.difference(list(a.values()), list(b.values()))
+    return found.low, found.high
 
 
 def overlapping(a, b):
-    (_, low, high), (_, least, most) = stats.mean_interval(a), stats.mean_interval(b)
-    return said(low - most, high - least)
+    (_, low, high), (_, least, most) = (stats.mean_interval(list(arm.values())) for arm in (a, b))
+    return low - most, high - least
 
 
-def erred(values):
-    return np.std(values, ddof=1) / np.sqrt(len(values))
+def unpaired(interval, least=2):
+    return lambda a, b: worded(*interval(a, b)) if min(len(a), len(b)) >= least else "cannot be separated"
 
 
-def paired_by(interval=None, seeds=lambda a, b: [s for s in a if s in b], least=2, turn=1):
-    """A wrong verdict: `interval(gaps)` of the differences of the `seeds`; with fewer than `least`, none."""
-
+def paired(interval, least=2):
     def verdict(a, b):
-        gaps = [turn * (a.get(s, 0) - b.get(s, 0)) for s in seeds(a, b)]
-        if len(gaps) < least:
-            return "cannot be separated"
-        _, low, high = interval(gaps) if interval else stats.mean_interval(gaps)
-        return "a is higher" if low > 0 else "b is higher" if high < 0 else "cannot be separated"
+        gaps = [a[seed] - b[seed] for seed in a if seed in b]
+        return worded(*interval(gaps)) if len(gaps) >= least else "cannot be separated"
 
     return verdict
 
 
-def verdict_by(rule, least=2):
-    """A wrong verdict by two lists, whatever their seeds."""
-
-    def verdict(a, b):
-        if min(len(a), len(b)) < least:
-            return "cannot be separated"
-        said = rule(list(a.values()), list(b.values()))
-        return {"higher": "a is higher", "lower": "b is higher"}.get(said, said)
-
-    return verdict
+def around(gaps, factor):
+    half = factor * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
+    return np.mean(gaps) - half, np.mean(gaps) + half
 
 
-def confounded(*without, **others):
-    """A wrong list of confounds: without some names, or with another function of a run for some."""
-    values = {
-        "alpha": lambda run: run["alpha"],
-        "scale": lambda run: run["alpha"] / run["rank"],
-        "steps": lambda run: run["steps"],
-        "epochs": lambda run: run["steps"] * run["batch_size"] / run["n"],
-        "seeds": lambda run: run["seed"],
-    } | others
-
-    def confounds(a, b):
-        found = [name for name, value in values.items() if set(map(value, a)) != set(map(value, b))]
-        if "rates" not in values:
-            found += ["rates"] if len({run["lr"] for run in a}) != len({run["lr"] for run in b}) else []
-        return sorted(set(found) - set(without))
-
-    return confounds
+def confounded(**settings):
+    """Right, but for runs that all have these settings."""
+    return lambda a, b: SOLVED["check_confounds"](*([run | settings for run in arm] for arm in (a, b)))
 
 
-def designed(seeds=None, error="expected 12 minutes", **changed):
-    """A wrong design: `seeds(fit)` of the seeds that fit, not rounded; other entries of the grid."""
+def with_all_rates(a, b):
+    found, rates = SOLVED["check_confounds"](a, b), ({run["lr"] for run in arm} for arm in (a, b))
+    return sorted({*found, "rates"} if next(rates) != next(rates) else found)
 
-    def design(ranks, alphas, rates, seconds, minutes):
-        fit = 60 * minutes / (seconds * len(ranks) * len(alphas) * len(rates))
-        if seeds is None and fit < 3:
-            raise ValueError(error)
-        values = seeds(fit) if seeds else range(int(fit))
-        return {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(values)} | changed
+
+def without(name):
+    return lambda a, b: [each for each in SOLVED["check_confounds"](a, b) if each != name]
+
+
+def designed(seeds=range, **other):
+    """Right, but for the seeds, of which `seeds` gets the number, or other entries of the grid."""
+
+    def design(*inputs):
+        grid = SOLVED["check_design"](*inputs)
+        return grid | {"seed": list(seeds(len(grid["seed"])))} | other
 
     return design
+
+
+def never_refused(ranks, alphas, rates, seconds, minutes, least=0):
+    fit = max(least, int(60 * minutes / (seconds * len(ranks) * len(alphas) * len(rates))))
+    return {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(range(fit))}
+
+
+def refused_in_silence(*inputs):
+    try:
+        return SOLVED["check_design"](*inputs)
+    except ValueError:
+        raise ValueError("expected more minutes") from None
 
 
 def at_the_best_run(runs):
@@ -97,33 +95,28 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (at_the_best_run, "rank 64, mean is at the rate with the best single run"),
     ],
     "check_verdict": [
-        (verdict_by(lambda a, b: stats.difference(a, b).verdict), "seed by seed"),
-        (verdict_by(overlapping), "seed by seed"),
-        (verdict_by(lambda a, b: said(np.mean(a) - np.mean(b), np.mean(a) - np.mean(b)), least=1), "holds zero"),
-        (paired_by(lambda gaps: (0, np.mean(gaps), np.mean(gaps))), "holds zero"),
-        (paired_by(lambda gaps: (0, min(gaps), max(gaps))), "holds zero"),
-        (
-            paired_by(lambda gaps: (0, np.mean(gaps) - 1.96 * erred(gaps), np.mean(gaps) + 1.96 * erred(gaps))),
-            "Student",
-        ),
-        (paired_by(lambda gaps: stats.mean_interval(gaps, 0.9)), "both sides"),
-        (paired_by(turn=-1), "turned round"),
-        (paired_by(seeds=lambda a, b: sorted({*a, *b})), "it should be"),
-        (paired_by(lambda gaps: (0, gaps[0], gaps[0]), least=1), "it should be"),
+        (unpaired(by_arms), "seed by seed"),
+        (unpaired(overlapping), "seed by seed"),
+        (unpaired(lambda a, b: [np.mean([*a.values()]) - np.mean([*b.values()])] * 2, least=1), "holds zero"),
+        (paired(lambda gaps: around(gaps, 0)), "holds zero"),
+        (paired(lambda gaps: (min(gaps), max(gaps))), "holds zero"),
+        (paired(lambda gaps: around(gaps, 1.96)), "Student"),
+        (paired(lambda gaps: stats.mean_interval(gaps, 0.9)[1:]), "both sides"),
+        (paired(lambda gaps: (gaps[0], gaps[0]), least=1), "it should be"),
+        (lambda a, b: SOLVED["check_verdict"](b, a), "turned round"),
+        (lambda a, b: SOLVED["check_verdict"](dict.fromkeys(b, 0) | a, dict.fromkeys(a, 0) | b), "it should be"),
         (lambda a, b: "equal", "expected one of"),
         (lambda a, b: "higher", "expected one of"),
         (lambda a, b: "cannot be separated", "what a seed does to both arms cancels"),
     ],
     "check_confounds": [
-        (confounded("scale"), "scale differs, and is not in the answer"),
-        (confounded("alpha"), "alpha differs, and is not in the answer"),
-        (confounded(scale=lambda run: run["alpha"]), "it is alpha / rank of each run"),
-        (confounded(rates=lambda run: run["lr"]), "how many learning rates were tried, not which"),
-        (confounded("rates"), "rates differs, and is not in the answer"),
-        (confounded(epochs=lambda run: run["steps"] / run["n"]), "steps * batch_size / n"),
-        (confounded(epochs=lambda run: run["steps"]), "steps * batch_size / n"),
-        (confounded(epochs=lambda run: run["steps"] * run["batch_size"]), "steps * batch_size / n"),
-        (confounded("seeds"), "which seeds there are"),
+        *((without(name), f"{name} differs, and is not in the answer") for name in ("alpha", "scale", "rates")),
+        (without("seeds"), "which seeds there are"),
+        (confounded(rank=1), "it is alpha / rank of each run"),
+        (with_all_rates, "how many learning rates were tried, not which"),
+        (confounded(batch_size=1), "steps * batch_size / n"),
+        (confounded(batch_size=1, n=1), "steps * batch_size / n"),
+        (confounded(n=1), "steps * batch_size / n"),
         (lambda a, b: SOLVED["check_confounds"](a[:1], b[:1]), "rates differs, and is not in the answer"),
         (lambda a, b: SOLVED["check_confounds"](a, b)[::-1], "a sorted list"),
         (lambda a, b: SOLVED["check_confounds"](a, b) * 2, "each once"),
@@ -132,15 +125,15 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda a, b: [], "is not in the answer"),
     ],
     "check_design": [
-        (designed(lambda fit: range(max(3, int(fit)))), "expected a ValueError"),
-        (designed(lambda fit: range(int(fit))), "three are needed"),
-        (designed(lambda fit: range(int(np.ceil(fit)))), "round down"),
-        (designed(error="expected more minutes"), "should say how many minutes three seeds need, 12.0"),
-        (designed(lambda fit: range(int(fit) - 1)), "one more fits"),
-        (designed(lambda fit: range(1, int(fit) + 1)), "seeds should be 0 to"),
-        (designed(lambda fit: [int(fit)]), "a number is one seed"),
+        (lambda *inputs: never_refused(*inputs, least=3), "expected a ValueError"),
+        (never_refused, "three are needed"),
+        (refused_in_silence, "should say how many minutes three seeds need, 12.0"),
+        (designed(lambda fit: range(fit + 1)), "round down"),
+        (designed(lambda fit: range(fit - 1)), "one more fits"),
+        (designed(lambda fit: range(1, fit + 1)), "seeds should be 0 to"),
+        (designed(lambda fit: [fit]), "a number is one seed"),
         (designed(seed=5), "a number is one seed"),
-        (designed(lambda fit: range(int(12 * fit))), "ranks times alphas times rates"),
+        (designed(lambda fit: range(12 * fit)), "ranks times alphas times rates"),
         (designed(lambda fit: range(3)), "seeds should be 0 to"),
         (designed(alpha="2r"), "alpha should be all that was given"),
         (designed(lr=[1e-3]), "lr should be all that was given"),
