@@ -39,6 +39,17 @@ SOLVED = {check: answer for path in SOLUTIONS for check, answer in answers_of(re
 STUBS = {check: answer for path in SOLUTIONS for check, answer in answers_of(exercises.derive(read(path)))}
 
 
+def changed(check, part, change):
+    """An answer that differs from the solution's in one of its parts."""
+
+    def answer(*inputs):
+        right = list(SOLVED[check](*inputs))
+        right[part] = change(right[part])
+        return tuple(right)
+
+    return answer
+
+
 def each_mistake(lesson, mistakes):
     """Parametrises a test with `check, answer, hint`, out of check -> [(wrong answer, words of its hint), ...].
 

@@ -233,22 +233,35 @@ def check_four_bits(compare: Any) -> None:
     rates = f"the first step of LoRA moves a number by {moved[0]:.2g} and that of QLoRA by {moved[1]:.2g}"
     require(max(moved) < 1.5 * min(moved), on, f"{rates}: with AdamW that is the learning rate, the same for both")
     named = {arm: [*remove(model).parameters(), *model.buffers()] for arm, (model, _) in arms.items()}
-    sizes = {arm: sum(t.nbytes for t in tensors) for arm, tensors in named.items()}
-    losses, n = {arm: arms[arm][0](**collate(EXAMPLES)).loss for arm in arms}, sum(p.numel() for p in a[0])
-    for arm, other in (("LoRA", "QLoRA"), ("QLoRA", "LoRA")):
-        here, row = f"{on}, {arm}", record.get(arm) if isinstance(record, dict) else None
+    bases = []
+    for arm, tensors in named.items():
+        model, size = arms[arm][0], sum(t.nbytes for t in tensors)
+        weights, loss = sum(p.nbytes for p in model.parameters()), model(**collate(EXAMPLES)).loss.item()
+        bases.append((arm, size, weights, sum(t.numel() for t in tensors), loss))
+    bases, n = sorted(bases), sum(p.numel() for p in a[0])
+    for (arm, *_, loss), case in zip(bases, _records.cases(bases, n), strict=True):
+        here, row = case.on, record.get(arm) if isinstance(record, dict) else None
         require(isinstance(row, dict), here, f"expected a record, a dict, under {arm!r}, got {type(row).__name__}")
-        weights, values = sum(p.nbytes for p in arms[arm][0].parameters()), sum(t.numel() for t in named[arm])
-        hints = {"counts the adapter too": sizes[arm] + 4 * n, "is that of the other base": sizes[other]}
-        hints |= {"lacks model.buffers(): codes and absmax are there": weights, "is in values: ask for nbytes": values}
-        hints |= {"lacks model.parameters()": sizes[arm] - weights, "has 4 bytes a value: ask for nbytes": 4 * values}
-        judge(row.get("base_bytes"), sizes[arm], hints, here, "base_bytes")
-        judge(row.get("trained"), n, {"counts frozen numbers": n + weights // 4, "is in bytes": 4 * n}, here, "trained")
-        judge(row.get("first_loss"), losses[arm], {"is that of the other base": losses[other]}, here, "first_loss")
+        _records.judge([row.get(name) for name in ("base_bytes", "trained", "first_loss")], case)
         final, seconds = (as_tensor(row.get(name), here, name) for name in ("final_loss", "seconds"))
-        require(bool((final < losses[arm]).all()), here, "final_loss should be below first_loss")
+        require(bool((final < loss).all()), here, "final_loss should be below first_loss")
         require(bool((seconds > 0).all()), here, "seconds should be more than 0")
     print("right: the same start, steps and learning rate; each base's bytes, buffers included")
+
+
+@exercise("", "base_bytes, trained, first_loss")
+def _records(bases: Any = (("LoRA", 90, 80, 23, 3.0), ("QLoRA", 40, 24, 16, 3.1)), n: int = 7) -> Iterator[Case]:
+    """What records have of bases (arm, bytes, those of parameters, values, loss) whose adapters have n numbers."""
+    for (arm, size, weights, values, loss), (_, other, *_, others_loss) in zip(bases, bases[::-1], strict=True):
+        n_bytes = {"counts the adapter too": size + 4 * n, "is that of the other base": other}
+        n_bytes |= {
+            "lacks model.buffers(): codes and absmax are there": weights,
+            "is in values: ask for nbytes": values,
+        }
+        n_bytes |= {"lacks model.parameters()": size - weights, "has 4 bytes a value: ask for nbytes": 4 * values}
+        trained = {"counts frozen numbers": n + weights // 4, "is in bytes": 4 * n}
+        row = (size, n_bytes), (n, trained), (loss, {"is that of the other base": others_loss})
+        yield Case(f"a Llama of two layers, {arm}", (), *in_parts(*row))
 
 
 def _llama(made: list) -> nn.Module:

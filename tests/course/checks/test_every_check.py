@@ -13,7 +13,8 @@ from lorakit.course import checks
 from lorakit.course.checks import CheckFailed, grading
 from lorakit.course.checks.exercise import Case, Exercise, exercise
 
-EXERCISES = {name: check for name in EACH_CHECK if isinstance(check := getattr(checks, name), Exercise)}
+LESSONS = [vars(module) for name, module in vars(checks).items() if name.startswith("lesson_")]
+EXERCISES = {name: each for names in LESSONS for name, each in names.items() if isinstance(each, Exercise)}
 CASES = {name: list(check.cases()) for name, check in EXERCISES.items()}
 EACH_HINT = [(name, hint) for name, cases in CASES.items() for hint in dict.fromkeys(h for c in cases for h in c.wrong)]
 each_check = pytest.mark.parametrize("check", EACH_CHECK)
