@@ -48,7 +48,7 @@ def short_attention(
     q: Float[Tensor, "batch heads seq d"],
     k: Float[Tensor, "batch groups keys d"],
     v: Float[Tensor, "batch groups keys d_v"],
-    hidden: Bool[Tensor, "#batch #heads seq keys"] | None = None,
+    hidden: Bool[Tensor, "#batch #heads #seq keys"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads seq d_v"]:
     """Computes `scaled_dot_product_attention(q, k, v)` in float32, rounded once; heads // groups heads share a key.

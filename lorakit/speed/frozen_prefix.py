@@ -81,7 +81,7 @@ def below(model: nn.Module, texts: Sequence[Sequence[int]]) -> tuple[Below | Non
         _try(model, trial, found, once, spans, seed=0)
         full, skipping = (_try(model, trial, found, again, spans, seed=1) for _ in range(2))
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # no blocks of the usual kind
-        return None, "the model has no blocks of the usual kind"
+        return None, "the model does not run without the frozen blocks"
     if not torch.equal(full, skipping) or not all(
         torch.equal(found.kept[a], found.kept[b]) for a, b in zip(once, again, strict=True)
     ):

@@ -28,8 +28,8 @@ from lorakit import (
 from lorakit._optional import quiet
 from lorakit.models.inject import adapters
 from lorakit.training.batch import IGNORE, collate
-from lorakit.training.fit import batches, linear_schedule
 from lorakit.training.loss import completion_loss
+from lorakit.training.recipe import batches, linear_schedule
 from lorakit.training.reference_loop import plain_loop
 
 
