@@ -41,8 +41,8 @@ test: lint ## all tests: the package, the lessons with the smoke profile, and th
 quick: $(READY) ## the tests that need neither notebooks nor the base model: ten minutes without AVX-512, less with it
 	@$(BIN)/python -m pytest tests -m "not slow"
 
-lint: $(READY) ## check style and format, notebooks included
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+lint: $(READY) ## check style and format, notebooks included, and the package's types
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy --no-error-summary
 
 drift: $(READY) ## what the newest transformers, peft, trl, bitsandbytes and datasets would break; it only warns
 	@$(BIN)/python tests/drift.py --newest
