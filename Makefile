@@ -45,8 +45,8 @@ test: lint ## all tests: the package, each lesson on a tiny model, and the lesso
 quick: lint ## in two minutes what breaks most often: neither lessons nor the base model nor what takes long
 	@$(PYTEST) tests -m "not slow and not long"
 
-lint: $(READY) ## check style and format, notebooks included
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+lint: $(READY) ## check style and format, notebooks included, and the package's types
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy --no-error-summary
 
 drift: $(READY) ## what the newest transformers, peft, trl, bitsandbytes and datasets would break; it only warns
 	@$(BIN)/python tests/drift.py --newest

@@ -63,6 +63,7 @@ def _read(model: str, is_path: bool) -> tuple[str, Any]:
     """A config from a file: named, in a folder, of the course, or on the hub."""
     path = Path(model).expanduser()
     hub = not is_path and not path.exists() and model.count("/") == 1 and not model.startswith((".", "~", "/"))
+    source: str | Path
     if model in MODELS and not is_path:
         source = fetch_model(model)
     elif hub:

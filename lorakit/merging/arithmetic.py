@@ -10,6 +10,7 @@ save_adapter(model, "both")
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def dare(
 
     def drop(changes: list[Tensor]) -> Tensor:
         kept = [torch.rand(change.shape, generator=random).to(change.device) < density for change in changes]
-        return sum(change * keep / density for change, keep in zip(changes, kept, strict=True))
+        return reduce(torch.add, [change * keep / density for change, keep in zip(changes, kept, strict=True)])
 
     return _dense(updates, weights, density, rank, drop)
 

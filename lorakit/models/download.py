@@ -177,7 +177,7 @@ def _build(folder: Path, source: WheelModel) -> None:
 def _find_installed(source: WheelModel) -> Path | None:
     """The GGUF file, where the package is installed and the file is the right one."""
     try:
-        gguf = Path(importlib.metadata.distribution(source.package).locate_file(source.member))
+        gguf = Path(str(importlib.metadata.distribution(source.package).locate_file(source.member)))
     except importlib.metadata.PackageNotFoundError:
         return None
     return gguf if gguf.is_file() and sha256(gguf) == source.gguf_sha256 else None
