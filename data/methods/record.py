@@ -202,11 +202,14 @@ def directions():
 
 
 def rule_runs(settings):
-    """The facts learnt with both scaling rules at all rates: adapters of one rank and seed are trained together."""
+    """The facts learnt with both scale rules at all rates: adapters of one rank and seed are trained together."""
     first = settings[0]
     model, tokenizer = lorakit.load_model(first["model"])
     items = new_facts(first["facts"], first["seed"])
-    specs = [lorakit.Spec(s["rank"], s["alpha"], s["lr"], s["seed"], "all-linear", s["scale_rule"]) for s in settings]
+    specs = [
+        lorakit.Spec(lorakit.LoRAConfig(s["rank"], s["alpha"], scale_rule=s["scale_rule"]), s["lr"], s["seed"])
+        for s in settings
+    ]
     recipe, found = {"steps": first["steps"], "batch_size": first["batch_size"], "show": False}, []
     for fitted in lorakit.fit_many(model, encoded(tokenizer, items), specs, **recipe):
         fitted.attach(model)

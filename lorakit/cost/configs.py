@@ -1,13 +1,13 @@
 """A causal language model's config from whatever names it, without its weights."""
 
 import copy
-import difflib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from lorakit._optional import need, quiet
+from lorakit._suggest import near_names
 from lorakit.models.download import MODELS, fetch_model
 
 
@@ -72,9 +72,8 @@ def _read(model: str, is_path: bool) -> tuple[str, Any]:
         if not source.is_file():
             raise FileNotFoundError(f"expected a folder with a config.json, or that file, got {model!r}")
     else:
-        known = [*MODELS, *PUBLISHED]
-        near = ", ".join(difflib.get_close_matches(model, known, n=4, cutoff=0.3)) or ", ".join(known)
-        raise ValueError(f"expected a model's name, a config, a folder or a hub id, got {model!r}; near names: {near}")
+        hint = near_names(model, [*MODELS, *PUBLISHED])
+        raise ValueError(f"expected a model's name, a config, a folder or a hub id, {hint}")
     name = path.name if path.is_dir() else path.parent.name if path.is_file() else model
     log = logging.getLogger("huggingface_hub")
     level = log.level

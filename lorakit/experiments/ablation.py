@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.layers.config import LoRAConfig
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
 from lorakit.models.merge import remove
@@ -45,7 +46,7 @@ class Setting:
         alpha: a number, or a multiple of the rank such as "2r".
         lr, steps, batch_size, loraplus_ratio: as for `fit`.
         seed: of the facts, the start of A, the data's order and dropout.
-        targets, scaling, dropout: as for `inject`; targets may be a list in a list of a grid.
+        targets, scale_rule, dropout: as for `inject`; targets may be a list in a list of a grid.
         optimizer: one of `OPTIMIZERS`.
     """
 
@@ -60,7 +61,7 @@ class Setting:
     steps: int = 200
     batch_size: int = 8
     targets: str | Sequence[str] = "all-linear"
-    scaling: str = "lora"
+    scale_rule: str = "lora"
     dropout: float = 0.0
     optimizer: str = "adamw"
     loraplus_ratio: float = 1.0
@@ -77,11 +78,17 @@ class Setting:
         return float(self.alpha[:-1] or 1) * self.rank if isinstance(self.alpha, str) else self.alpha
 
     @property
+    def config(self) -> LoRAConfig | None:
+        """The adapter; None for full fine-tuning."""
+        if not self.rank:
+            return None
+        return LoRAConfig(self.rank, self.scale_alpha, self.dropout, self.scale_rule, self.targets)
+
+    @property
     def spec(self) -> Spec | None:
         """The run as `fit_many` takes it; None if it cannot."""
-        plain = self.rank and not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
-        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
-        return Spec(self.rank, self.scale_alpha, self.lr, self.seed, targets, self.scaling) if plain else None
+        plain = self.config and not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
+        return Spec(self.config, self.lr, self.seed) if plain else None
 
 
 def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,7 +117,7 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for fitted, (_, test) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
             if fitted.error:
                 raise FloatingPointError(fitted.error)
-            trainable = fitted.attach(model).trainable
+            trainable = count(fitted.attach(model)).trainable
             found.append(_tested(model, tokenizer, chosen[0], test, fitted.history, trainable))
             remove(model)
         return found
@@ -177,9 +184,8 @@ def _one(setting: Setting, taught: list[Example], test: list[Example], shared: d
     model, tokenizer = load_model(setting.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        if setting.rank:
-            own = {"dropout": setting.dropout, "scaling": setting.scaling}
-            inject(model, setting.rank, setting.scale_alpha, setting.targets, **own)
+        if setting.config:
+            inject(model, setting.config)
         else:
             model.requires_grad_(True)
     history = fit(

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit._progress import Progress
-from lorakit.speed.attention import attention
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 
 
 def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -33,6 +32,7 @@ def greedy(
     stop: str | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 64,
+    accelerate: bool = True,
     show: bool = True,
 ) -> list[str]:
     """The most likely continuation of each prompt, token by token, up to `stop` (left out of the answer).
@@ -45,6 +45,7 @@ def greedy(
             (SmolLM2's is the end of a turn; another model's need not be: `ChatFormat.of(tokenizer).end`).
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time, padded on the left.
+        accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
         show: draw a progress bar.
 
     Returns:
@@ -66,15 +67,17 @@ def greedy(
     answers, was_training = [""] * len(ids), model.training
     model.eval()
     try:
-        with fast(model, batch_size), Progress(len(ids), "generating", "answer", show) as progress:
+        with (
+            accelerated(model, batch_size, on=accelerate),
+            Progress(len(ids), "generating", "answer", show) as progress,
+        ):
             for batch in _in_batches([len(row) for row in ids], batch_size):
                 longest = len(ids[batch[0]])
                 pads = [longest - len(ids[i]) for i in batch]
                 tokens = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)])
                 mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
                 inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
-                with attention(longest, model.device, model.dtype):
-                    output = model.generate(**inputs, **settings)
+                output = model.generate(**inputs, **settings)
                 for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                     end = next((k for k, token in enumerate(row) if token in ends), len(row))
                     text = tokenizer.decode(row[:end])

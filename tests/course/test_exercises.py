@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorakit import cli, inject, remove
+from lorakit import cli, count, inject, remove
 from lorakit.course import checks, exercises, lessons, outputs
 from lorakit.course.checks import CheckFailed, grading, lesson_03_sft, lesson_04_qlora
 from lorakit.experiments import stats
@@ -425,7 +425,7 @@ def in_four_bits(models=2, four=("QLoRA",), targets="all-linear", adapted="all-l
                 quantize_model(model, targets)
             row = {"base_bytes": sum(t.nbytes for t in tensors_of(model)), "seconds": 1.0}
             torch.manual_seed(settings["seeds"][i])
-            row["trained"] = inject(model, 2, 4, adapted).trainable
+            row["trained"] = count(inject(model, 2, 4, adapted)).trainable
             if arm in four and late:
                 quantize_model(model, targets)
             model.get_input_embeddings().requires_grad_(thaw)

@@ -65,7 +65,7 @@ def test_the_random_state_is_left_alone():
         {"optimizer": "sgd-momentum", "lr": 0.1},
         {"optimizer": "adamw-8bit-all"},
         {"loraplus_ratio": 4.0},
-        {"scaling": "rslora"},
+        {"scale_rule": "rslora"},
         {"targets": "q_proj"},
     ],
     ids=lambda more: next(iter(more.values())),

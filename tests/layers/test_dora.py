@@ -53,10 +53,10 @@ def test_a_fresh_adapter_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", DIVERSE)
-@pytest.mark.parametrize("scaling", ["lora", "rslora"])
-def test_logits_gradients_and_merged_weights_are_those_of_peft(name, scaling, tmp_path):
+@pytest.mark.parametrize("scale_rule", ["lora", "rslora"])
+def test_logits_gradients_and_merged_weights_are_those_of_peft(name, scale_rule, tmp_path):
     base = build(name)
-    ours = adapted(base, scaling=scaling)
+    ours = adapted(base, scale_rule=scale_rule)
     randomise(ours)
     theirs = in_peft(base, lorakit.save_adapter(ours, tmp_path))
     torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-5, atol=2e-6)

@@ -47,11 +47,11 @@ CASES = [(name, start) for name in DIVERSE for start in STARTS if (name, start) 
 
 
 @pytest.mark.parametrize(("name", "start"), CASES)
-@pytest.mark.parametrize("scaling", ["lora", "rslora"])
-def test_starts_gradients_and_merged_weights_are_those_of_peft(name, start, scaling):
+@pytest.mark.parametrize("scale_rule", ["lora", "rslora"])
+def test_starts_gradients_and_merged_weights_are_those_of_peft(name, start, scale_rule):
     base = build(name)
-    ours = adapted(base, scaling=scaling, start=STARTS[start])
-    theirs = in_peft(base, start, use_rslora=scaling == "rslora")
+    ours = adapted(base, scale_rule=scale_rule, start=STARTS[start])
+    theirs = in_peft(base, start, use_rslora=scale_rule == "rslora")
     for key, layer in lorakit.adapters(ours).items():
         other = theirs.get_submodule(f"base_model.model.{key}")
         pairs = [(layer.A, other.lora_A["default"]), (layer.B, other.lora_B["default"])]
@@ -70,10 +70,10 @@ def test_starts_gradients_and_merged_weights_are_those_of_peft(name, start, scal
 
 @pytest.mark.parametrize("name", ["llama-biased-tied", "gpt2", "t5"])
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("scaling", ["lora", "rslora"])
-def test_a_saved_adapter_fits_the_original_base_here_and_in_peft(name, start, scaling, tmp_path):
+@pytest.mark.parametrize("scale_rule", ["lora", "rslora"])
+def test_a_saved_adapter_fits_the_original_base_here_and_in_peft(name, start, scale_rule, tmp_path):
     base = build(name)
-    ours = adapted(base, scaling=scaling, start=STARTS[start])
+    ours = adapted(base, scale_rule=scale_rule, start=STARTS[start])
     moved(ours)
     expected = logits_of(ours, name)
     lorakit.save_adapter(ours, tmp_path)

@@ -31,7 +31,7 @@ def logits_of(folder, dtype=torch.float32):
         return lorakit.load_model(folder, dtype)[0](input_ids=TOKENS).logits.float()
 
 
-@pytest.mark.parametrize("settings", [{}, {"layer": lorakit.DoRALinear}, {"scaling": "rslora", "rank": 2}])
+@pytest.mark.parametrize("settings", [{}, {"layer": lorakit.DoRALinear}, {"scale_rule": "rslora", "rank": 2}])
 def test_the_folder_holds_the_unmerged_model(tmp_path, settings):
     want = saved_adapter(tmp_path / "adapter", **settings)
     found = export_merged("tiny", tmp_path / "adapter", tmp_path / "deep" / "merged")

@@ -96,10 +96,8 @@ def test_every_module_can_be_imported_from_it(installed, tmp_path):
     files = json.loads(run(IMPORT_ALL, installed, tmp_path))
     # an editable install would find modules that the wheel lacks, so each one's place counts
     assert [name for name, file in files.items() if not Path(file).is_relative_to(installed)] == []
-    sources = {path for path in (ROOT / "lorakit").rglob("*.py") if path.name != "__main__.py"}
-    assert {Path(file).relative_to(installed) for file in files.values()} == {
-        path.relative_to(ROOT) for path in sources
-    }
+    sources = {path.relative_to(ROOT) for path in (ROOT / "lorakit").rglob("*.py") if path.name != "__main__.py"}
+    assert {Path(file).relative_to(installed) for file in files.values()} == sources
 
 
 @pytest.mark.slow

@@ -17,10 +17,12 @@ from itertools import zip_longest
 from lorakit._suggest import near_names
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
+from lorakit.tasks.sql import questions as edition_1
 from lorakit.tasks.sql.files import load_databases, read_items, write_files
 from lorakit.tasks.sql.harder_questions import harder_questions
-from lorakit.tasks.sql.questions import Item, populations, questions
+from lorakit.tasks.sql.questions import Item, questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Value, run_query
+from lorakit.tasks.sql.stranger import FOLDER, stranger_databases, stranger_items, stranger_tables
 from lorakit.tasks.task import CHATML, Task, paired, shuffled
 
 SPLIT_SIZES = {"train": 400, "iid": 256, "values": 256, "phrasings": 256, "tables": 256}  # items
@@ -113,6 +115,25 @@ def _is_right(item: Item, answer: str, databases: Sequence[Database]) -> bool:
     return True
 
 
+def populations(table: str) -> list[Database]:
+    """The databases on which queries about one of the task's tables are compared.
+
+    There are three with other rows, since on a single one a wrong query often gives the right rows by accident.
+
+    Args:
+        table: name of a table of the task, the stranger's included; "orders, mayors" for one and the table that it is
+            linked to.
+
+    Raises:
+        ValueError: no such table.
+
+    Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
+    """
+    if FOLDER.is_dir() and table in stranger_tables():
+        return stranger_databases()[table]
+    return edition_1.populations(table)
+
+
 def execution_accuracy(
     items: Sequence[Item], answers: Sequence[str], databases: Mapping[str, Sequence[Database]] | None = None
 ) -> list[bool]:
@@ -144,7 +165,8 @@ def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
     """Gives one split of the task, generated or read from a folder.
 
     Args:
-        split: one of `SPLITS`; with a folder, the name of any .jsonl file in it.
+        split: one of `SPLITS`, or "stranger" (see `data/sql/stranger`: to report, not to train or choose on); with a
+            folder, the name of any .jsonl file in it.
         folder: where to read; None generates the committed data anew.
 
     Returns:
@@ -153,13 +175,24 @@ def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
     Raises:
         ValueError: the split is unknown, or a line is not an item (the message names file and line).
     """
-    return generate(split) if folder is None else read_items(folder, split)
+    if folder is None:
+        return stranger_items() if split == "stranger" else generate(split)
+    return read_items(folder, split)
 
 
 def sql_task(level: int = 1) -> Task:
     """The task at one of its levels; see `generate` and `execution_accuracy`."""
-    draw = partial(generate, level=level)
-    return Task("sql", SPLITS, draw, execution_accuracy, CHATML)
+    splits = (*SPLITS, "stranger") if level == 1 else SPLITS
+    return Task("sql", splits, partial(_draw, level=level), execution_accuracy, CHATML)
+
+
+def _draw(split: str, n: int | None, seed: int, level: int) -> list[Item]:
+    if split != "stranger":
+        return generate(split, n, seed, level)
+    items = stranger_items()
+    if not 0 <= (n or 0) <= len(items):
+        raise ValueError(f"expected n up to {len(items)}, the stranger's questions, got {n}")
+    return items[:n]
 
 
 SQL = sql_task()
