@@ -14,6 +14,9 @@ READY   := .venv/lorakit-is-installed
 LESSONS  = $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 INDEX    = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# two workers with one thread each do more than one with two threads; the tests of a file, or a lesson's cells, stay together
+PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 # what lorakit gives its kernels (lorakit/course/runner.py), for JupyterLab and nbval
 export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 export TOKENIZERS_PARALLELISM := false
@@ -35,14 +38,15 @@ course: $(READY) ## run all lessons in order and print a table of their results
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
 
-test: lint ## all tests: the package, the lessons with the smoke profile, and their committed outputs
-	@$(BIN)/python -m pytest tests $(LESSONS) --nbval --nbval-current-env --nbval-cell-timeout 1200
+test: lint ## all tests: the package, each lesson on a tiny model, and the lessons' committed outputs
+	@$(PYTEST) tests
+	@$(PYTEST) $(LESSONS) --nbval --nbval-current-env --nbval-cell-timeout 1200 --no-loadscope-reorder
 
-quick: $(READY) ## the tests that need neither notebooks nor the base model: ten minutes without AVX-512, less with it
-	@$(BIN)/python -m pytest tests -m "not slow"
+quick: lint ## in two minutes what breaks most often: neither lessons nor the base model nor what takes long
+	@$(PYTEST) tests -m "not slow and not long"
 
-lint: $(READY) ## check style and format, notebooks included
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+lint: $(READY) ## check style and format, notebooks included, and the package's types
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy --no-error-summary
 
 drift: $(READY) ## what the newest transformers, peft, trl, bitsandbytes and datasets would break; it only warns
 	@$(BIN)/python tests/drift.py --newest
@@ -51,7 +55,7 @@ outputs: $(READY) ## run lessons and solutions, and refresh the outputs that are
 	@$(BIN)/lorakit run $(LESSON) --in-place && $(BIN)/lorakit exercises --refresh
 
 clean: ## remove what the commands above made, except .venv
-	@rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find lorakit tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The mark is made last, so that a setup that was interrupted starts again.

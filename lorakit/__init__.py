@@ -1,7 +1,11 @@
 """lorakit: LoRA from the formula up. Small, exact, tested layers, and the helpers that a fine-tuning needs."""
 
+from typing import TYPE_CHECKING, Any
+
+from lorakit._optional import need
 from lorakit.cost.budget import Budget, budget
 from lorakit.layers.bnb import prevent_repacking
+from lorakit.layers.config import LoRAConfig
 from lorakit.layers.dora import DoRALinear
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4_linear import NF4Linear
@@ -13,27 +17,37 @@ from lorakit.models.peft_files import AdapterError
 from lorakit.models.quantize import dequantize_model, quantize_model
 from lorakit.models.save_load import load_adapter, save_adapter
 from lorakit.models.targets import find_targets
-from lorakit.tasks.sql.task import execution_accuracy, load_sql
+from lorakit.tasks.sql.task import SQL, execution_accuracy, load_sql
+from lorakit.tasks.task import ChatFormat, Task
 from lorakit.training.batch import Example, encode
 from lorakit.training.evaluate import exact_match
 from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Fitted, Spec, fit_many
 from lorakit.training.generate import greedy
 from lorakit.training.optim import loraplus_groups
+from lorakit.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lorakit.experiments.sweep import sweep as sweep
 
 __version__ = "0.1.0"
 __all__ = [
+    "SQL",
     "AdapterError",
     "Budget",
+    "ChatFormat",
     "Count",
     "DoRALinear",
     "Example",
     "Fitted",
     "History",
+    "LoRAConfig",
     "LoRALinear",
     "NF4Linear",
     "PiSSALinear",
+    "Recipe",
     "Spec",
+    "Task",
     "adapters",
     "budget",
     "count",
@@ -59,3 +73,14 @@ __all__ = [
     "remove",
     "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`sweep`, which needs the extra of its name: imported when it is asked for (and so not in `__all__`)."""
+    if name == "sweep":
+        return need("lorakit.experiments.sweep", extra="sweep").sweep
+    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "sweep"])

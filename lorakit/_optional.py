@@ -8,14 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def need(module: str) -> Any:
-    """Imports an optional dependency without its warnings, or says how to get it."""
+def need(module: str, extra: str = "models") -> Any:
+    """Imports a module that the extra of lorakit brings, or that needs it, without warnings.
+
+    Raises:
+        ImportError: something is missing; says how to get it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{error.name or module} is needed: pip install 'lorakit[models]'") from error
+        missing = error.name or module
+        if missing.split(".")[0] == "lorakit":  # no extra would bring it
+            raise
+        raise ImportError(f"{missing} is needed: pip install 'lorakit[{extra}]'", name=missing) from error
 
 
 @contextlib.contextmanager

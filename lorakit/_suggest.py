@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known names that look like `name`, or all of them."""
+    """The end of an error message: what was got, and the known names that look like it, or all of them."""
     known = list(known)
-    return f"got {name!r}; near: {', '.join(get_close_matches(name, known) or known)}"
+    near = get_close_matches(name, known, n=4, cutoff=0.4)
+    return f"got {name!r}; {'near' if near else 'known'}: {', '.join(near or known) or 'none'}"

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from lorakit import __version__
+from lorakit._optional import need
+
 
 class Command(NamedTuple):
     """A subcommand: its help, what declares its arguments, and what runs it and returns the exit code."""
@@ -92,8 +95,7 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.in_place and (args.parameters or args.profile != "laptop"):
         raise ValueError("expected --in-place without -p and with the laptop profile, which the lessons' defaults are")
-    from lorakit.course import lessons
-
+    lessons = need("lorakit.course.lessons", extra="course")
     if args.in_place:
         results = lessons.refresh(lessons.select_lessons(args.lessons, lessons.find_notebooks()))
     else:
@@ -107,8 +109,10 @@ def _declare_exercises(parser: argparse.ArgumentParser) -> None:
 
 
 def _exercises(args: argparse.Namespace) -> int:
-    from lorakit.course import exercises, lessons
-
+    lessons, exercises = (
+        need("lorakit.course.lessons", extra="course"),
+        need("lorakit.course.exercises", extra="course"),
+    )
     notebooks = lessons.find_notebooks()
     results = lessons.refresh(exercises.find_solutions(notebooks)) if args.refresh else []
     if any(result.error for result in results):
@@ -164,19 +168,18 @@ def _declare_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from lorakit.experiments.plan import load_plan
-    from lorakit.experiments.records import survey
-    from lorakit.experiments.sweep import sweep
-
-    failed = 0
-    for path, plan in [(path, load_plan(path)) for path in args.plans]:
+    plans, records, sweeps = (
+        need(f"lorakit.experiments.{name}", extra="sweep") for name in ("plan", "records", "sweep")
+    )
+    survey, failed = records.survey, 0
+    for path, plan in [(path, plans.load_plan(path)) for path in args.plans]:
         folder = args.into / plan.folder.name if args.into else plan.folder
         title = f"{path.name}: " if len(args.plans) > 1 else ""
         print(f"{title}{survey(folder, plan.settings, args.retry, guide=plan.folder)}")
         if args.dry_run:
             continue
         options = plan.options | ({} if args.jobs is None else {"jobs": args.jobs})
-        frame = sweep(plan.function, plan.grid, folder, retry=args.retry, **options)
+        frame = sweeps.sweep(plan.function, plan.grid, folder, retry=args.retry, **options)
         print(survey(folder, plan.settings))
         for error in frame.error[frame.error != ""].drop_duplicates():
             print(error.rstrip().splitlines()[-1])
@@ -201,6 +204,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs `lorakit argv...` and returns its exit code: 0 well, 1 something failed, 2 wrongly called, 130 stopped."""
     parser = argparse.ArgumentParser(prog="lorakit", description="LoRA from the formula up: the course's command")
+    parser.add_argument("--version", action="version", version=f"lorakit {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.declare(subparsers.add_parser(name, help=command.help, description=command.help))
@@ -213,7 +217,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlorakit: stopped", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

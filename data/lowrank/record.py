@@ -33,7 +33,7 @@ TEST_ITEMS = 96
 
 
 def examples(tokenizer, split, n=None):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in lorakit.load_sql(split)[:n]]
+    return lorakit.SQL.encode(tokenizer, lorakit.load_sql(split)[:n])
 
 
 def part(**setting):

@@ -19,6 +19,7 @@ from lorakit.merging.arithmetic import compress, dare, linear, ties
 from lorakit.merging.updates import Update, attach, read_updates
 from lorakit.tasks.extraction import messages
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.evaluate import kl_divergence, log_probabilities
 
 HERE = Path(__file__).resolve().parent
@@ -61,21 +62,17 @@ def plain(model):
     return lorakit.load_model(model)
 
 
-def encoded(chosen, tokenizer):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in chosen]
-
-
 def right(model, tokenizer, skill, split="test"):
     """How many items are answered rightly: SQL by its rows, records to the letter.
 
     A query that is exact need not be generated; a record that is not exact is not right, but for blanks and tokens.
     """
     asked = items(skill, split)
-    exact = lorakit.exact_match(model, encoded(asked, tokenizer), show=False)
+    exact = lorakit.exact_match(model, encoded(tokenizer, asked), show=False)
     if skill == "extract":
         return sum(exact)
     rest = [item for item, done in zip(asked, exact, strict=True) if not done]
-    answers = lorakit.greedy(model, tokenizer, [item.prompt for item in rest], max_new_tokens=24, show=False)
+    answers = lorakit.SQL.answers(model, tokenizer, rest, max_new_tokens=24, show=False)
     return sum(exact) + sum(execution_accuracy(rest, answers))
 
 
@@ -89,7 +86,7 @@ def trained(skills, base, seed, how, same_start=False):
             lorakit.quantize_model(model)
         torch.manual_seed(start)
         lorakit.inject(model, how["rank"], how["alpha"])
-        examples = [each for skill in skills for each in encoded(items(skill, "train"), tokenizer)]
+        examples = [each for skill in skills for each in encoded(tokenizer, items(skill, "train"))]
         recipe = {name: how[name] for name in ("steps", "batch_size", "lr")}
         lorakit.fit(model, examples, **recipe, seed=seed, show=False)
         lorakit.save_adapter(model, folder)
@@ -123,7 +120,7 @@ def rate(skill, seed, **how):
 def serve(base, route, seed, **how):
     """The SQL adapter, trained on `base`, served by a route: KL to the unmerged model, and right answers."""
     _, tokenizer = plain(how["model"])
-    examples, folder = encoded(items("sql", "test"), tokenizer), trained(["sql"], base, seed, how)
+    examples, folder = encoded(tokenizer, items("sql", "test")), trained(["sql"], base, seed, how)
 
     def served(route):
         model = lorakit.load_model(how["model"])[0]

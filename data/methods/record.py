@@ -33,6 +33,7 @@ from lorakit.speed.cpu import fast
 from lorakit.tasks.facts import facts as new_facts
 from lorakit.tasks.facts import recall
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
 
 with quiet():
@@ -104,10 +105,6 @@ def adapted(name, seed, base=HOW["model"]):
         return peft.get_peft_model(model, METHODS[name].config(**settings)).train(), tokenizer
 
 
-def encoded(tokenizer, items):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
-
-
 def train(name, model, examples, **recipe):
     """`fit`; the same recipe in plain operations for the two methods whose loss is not that of the logits alone."""
     if name in ("AdaLoRA", "prompt tuning"):
@@ -126,7 +123,7 @@ def right(name, model, tokenizer, items, only_exact=False):
         if only_exact:
             return exact
     rest = [item for item, done in zip(items, exact, strict=True) if not done]
-    answers = lorakit.greedy(model, tokenizer, [item.prompt for item in rest], max_new_tokens=32, show=False)
+    answers = lorakit.SQL.answers(model, tokenizer, rest, max_new_tokens=32, show=False)
     found = iter(execution_accuracy(rest, answers))
     return [done or next(found) for done in exact]
 
@@ -205,11 +202,14 @@ def directions():
 
 
 def rule_runs(settings):
-    """The facts learnt with both scaling rules at all rates: adapters of one rank and seed are trained together."""
+    """The facts learnt with both scale rules at all rates: adapters of one rank and seed are trained together."""
     first = settings[0]
     model, tokenizer = lorakit.load_model(first["model"])
     items = new_facts(first["facts"], first["seed"])
-    specs = [lorakit.Spec(s["rank"], s["alpha"], s["lr"], s["seed"], "all-linear", s["scale_rule"]) for s in settings]
+    specs = [
+        lorakit.Spec(lorakit.LoRAConfig(s["rank"], s["alpha"], scale_rule=s["scale_rule"]), s["lr"], s["seed"])
+        for s in settings
+    ]
     recipe, found = {"steps": first["steps"], "batch_size": first["batch_size"], "show": False}, []
     for fitted in lorakit.fit_many(model, encoded(tokenizer, items), specs, **recipe):
         fitted.attach(model)

@@ -24,6 +24,7 @@ from lorakit.models.quantize import quantize_model
 from lorakit.speed.activations import lean
 from lorakit.speed.cpu import fast
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.loss import completion_loss
 from lorakit.training.reference_loop import plain_loop
 
@@ -91,10 +92,6 @@ def adapted(arm, seed, model, rank, alpha):
         return peft.PeftModel.from_pretrained(quantised, folder, is_trainable=True), tokenizer
 
 
-def encoded(tokenizer, items):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
-
-
 def train(model, examples, **recipe):
     """`fit`, or for PEFT's model the same recipe in plain operations."""
     if hasattr(model, "peft_config"):
@@ -112,7 +109,7 @@ def run(arm, lr, seed, steps, batch_size, **lora):
     items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
     found |= {"items": len(items), "exact": sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))}
     if lr == LR:  # generation takes longer than training
-        answers = lorakit.greedy(model, tokenizer, [item.prompt for item in items], max_new_tokens=32, show=False)
+        answers = lorakit.SQL.answers(model, tokenizer, items, max_new_tokens=32, show=False)
         found["right"] = sum(execution_accuracy(items, answers))
     return found
 

@@ -20,6 +20,7 @@ from lorakit._optional import quiet
 from lorakit.experiments.sweep import sweep
 from lorakit.speed.cpu import fast
 from lorakit.tasks.sql.task import execution_accuracy
+from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
 
 with quiet():
@@ -37,10 +38,6 @@ RATES = {
 }
 SETTINGS = {"model": "smollm2", "steps": 44, "batch_size": 8, "rank": 16, "alpha": 32, "virtual_tokens": 20}
 GRID = [{"arm": arm, "lr": rates, "seed": [0, 1, 2]} | SETTINGS for arm, rates in RATES.items()]
-
-
-def encoded(tokenizer, items):
-    return [lorakit.encode(tokenizer, item.prompt, item.completion) for item in items]
 
 
 def lora_config(how):
@@ -122,7 +119,7 @@ def scores(model, tokenizer, arm, lr):
     if arm != "prompt tuning":
         found["exact"] = sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))
     if arm in ("TRL SFTTrainer", "prompt tuning") or (arm, lr) == ("LoRA", 3e-3):
-        answers = lorakit.greedy(model, tokenizer, [item.prompt for item in items], max_new_tokens=32, show=False)
+        answers = lorakit.SQL.answers(model, tokenizer, items, max_new_tokens=32, show=False)
         found["right"] = sum(execution_accuracy(items, answers))
     return found
 

@@ -14,7 +14,6 @@ When you compare with a machine:
   it copies keys and values for each of them, which a GPU's does not.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit._suggest import near_names
 from lorakit.cost.configs import find_config
 from lorakit.cost.fake_step import PlainLoRA, quantize, rehearse
 from lorakit.models.inject import inject
@@ -187,5 +187,4 @@ def _flops(n: int) -> str:
 
 def _check_name(what: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
-        near = difflib.get_close_matches(value, known, cutoff=0.3) or known
-        raise ValueError(f"expected {what}, got {value!r}; near names: {', '.join(near)}")
+        raise ValueError(f"expected {what}, {near_names(value, known)}")

@@ -1,13 +1,13 @@
 """A causal language model's config from whatever names it, without its weights."""
 
 import copy
-import difflib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from lorakit._optional import need, quiet
+from lorakit._suggest import near_names
 from lorakit.models.download import MODELS, fetch_model
 
 
@@ -63,6 +63,7 @@ def _read(model: str, is_path: bool) -> tuple[str, Any]:
     """A config from a file: named, in a folder, of the course, or on the hub."""
     path = Path(model).expanduser()
     hub = not is_path and not path.exists() and model.count("/") == 1 and not model.startswith((".", "~", "/"))
+    source: str | Path
     if model in MODELS and not is_path:
         source = fetch_model(model)
     elif hub:
@@ -72,9 +73,8 @@ def _read(model: str, is_path: bool) -> tuple[str, Any]:
         if not source.is_file():
             raise FileNotFoundError(f"expected a folder with a config.json, or that file, got {model!r}")
     else:
-        known = [*MODELS, *PUBLISHED]
-        near = ", ".join(difflib.get_close_matches(model, known, n=4, cutoff=0.3)) or ", ".join(known)
-        raise ValueError(f"expected a model's name, a config, a folder or a hub id, got {model!r}; near names: {near}")
+        hint = near_names(model, [*MODELS, *PUBLISHED])
+        raise ValueError(f"expected a model's name, a config, a folder or a hub id, {hint}")
     name = path.name if path.is_dir() else path.parent.name if path.is_file() else model
     log = logging.getLogger("huggingface_hub")
     level = log.level

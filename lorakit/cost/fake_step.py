@@ -40,10 +40,12 @@ class Stored(nn.Module):
         double_quant: whether NF4's absmax values are stored in bytes.
     """
 
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Module, bits: int, double_quant: bool):
         super().__init__()
         self.out_features, self.in_features = linear_shape(linear)
-        n, self.bias = self.out_features * self.in_features, linear.bias
+        n, self.bias = self.out_features * self.in_features, getattr(linear, "bias", None)
         blocks = math.ceil(n / BLOCK_SIZE)
         if bits == 8:
             sizes = {"codes": (n, torch.int8), "scales": (self.out_features, torch.float32)}

@@ -19,6 +19,7 @@ def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
+# torch's FlopCounterMode counts as well, but what it holds meanwhile adds to the peak that is measured here.
 FLOPS = {
     **flop_registry,  # torch's own formulas know neither attention on a CPU nor experts
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -50,7 +51,7 @@ class Ledger(TorchDispatchMode):
         self.kind_of, self.flops = kind_of, 0
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._live: dict[int, tuple[weakref.ref, int, str]] = {}  # a storage's address -> itself, its bytes, its kind
+        self._live: dict[int, tuple[weakref.ref, int, str]] = {}  # a storage's id -> itself, its bytes, its kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +66,7 @@ class Ledger(TorchDispatchMode):
     def add(self, tensor: Tensor, kind: str | None = None) -> None:
         """Enters a tensor's storage, under `kind` or what `kind_of` says; one that is known keeps its kind."""
         storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
+        place, size = id(storage), storage.nbytes()
         if place in self._live:
             return
         kind = kind or self.kind_of(tensor)
@@ -76,7 +77,7 @@ class Ledger(TorchDispatchMode):
 
     def move(self, tensor: Tensor, kind: str) -> None:
         """Gives a known tensor's storage another kind."""
-        self._move(tensor.untyped_storage()._cdata, kind)
+        self._move(id(tensor.untyped_storage()), kind)
 
     def move_all(self, old: str, new: str) -> None:
         """Gives all that exists of one kind another."""

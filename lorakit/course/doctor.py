@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorakit.speed.cpu import THREAD_ENV, available, onednn_gain
+from lorakit.speed import accelerated
+from lorakit.speed.cpu import THREAD_ENV
 
 VERSIONS = (
     *("lorakit", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"),
@@ -25,11 +26,13 @@ def examine() -> dict[str, Any]:
     """Looks at this machine without a network and without loading a model.
 
     Returns:
-        A report of plain values: `versions`, `machine`, `model`, `missing` (packages the course needs) and `traps`.
+        A report of plain values: `versions`, `machine`, `model`, `speed` (what makes training faster here, and why),
+        `missing` (packages the course needs) and `traps`.
     """
     missing, outside = check_requirements()
     machine, model = _machine(), _model()
-    report = {"versions": _versions(), "machine": machine, "model": model, "missing": missing}
+    report = {"versions": _versions(), "machine": machine, "model": model, "speed": accelerated.explain()}
+    report["missing"] = missing
     return report | {
         "traps": [f"{each}: outside the range that lorakit asks for" for each in outside] + find_traps(report)
     }
@@ -38,7 +41,7 @@ def examine() -> dict[str, Any]:
 def render(report: dict[str, Any]) -> str:
     """Returns the report as text for people."""
     lines = []
-    for title in ("versions", "machine", "model"):
+    for title in ("versions", "machine", "model", "speed"):
         lines.append(title)
         lines += [f"  {_label(name):<17} {_words(name, value)}" for name, value in report[title].items()]
     for title, none in (("missing", "nothing that the course needs"), ("traps", "none known on this machine")):
@@ -123,8 +126,6 @@ def _machine() -> dict[str, Any]:
         found |= {"torch_threads": torch.get_num_threads(), "torch_cuda_build": torch.version.cuda}
         found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
         found["mps"] = torch.backends.mps.is_available()
-        found["onednn_gain"] = round(onednn_gain(), 1)  # in float32 products; 0 where it is not used
-    found["keeps_freed_memory"] = available()
     return found | {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 

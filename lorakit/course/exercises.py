@@ -23,7 +23,9 @@ def stub_source(source: str) -> str:
     Raises:
         ValueError: the three marks do not come in this order.
     """
-    lines, stub, state = [], [], END
+    lines: list[str] = []
+    stub: list[str] = []
+    state = END
     for line in source.splitlines():
         text = line.strip()
         if text in (SOLUTION, STUB, END):

@@ -1,7 +1,6 @@
 """The course as a program: chooses lessons, sets their parameters, runs them, and refreshes their committed outputs."""
 
 import ast
-import difflib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from lorakit._atomic import write_atomically
+from lorakit._suggest import near_names
 from lorakit.course.outputs import ANSI, clean, find_litter, headline
 from lorakit.course.runner import Executor, Screen
 from lorakit.experiments.plan import read_yaml
@@ -74,8 +74,7 @@ def lesson_parameters(path: Path, profile: str, overrides: dict[str, Any]) -> di
 
 def _known(name: str, known: dict[str, Any], what: str) -> str:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise ValueError(f"expected {what}, got {name!r}; near names: {', '.join(near) or 'none'}")
+        raise ValueError(f"expected {what}, {near_names(name, known)}")
     return name
 
 

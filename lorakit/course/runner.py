@@ -114,8 +114,10 @@ class Executor(NotebookClient):
                     raise
                 finally:
                     self.screen.end_cell()
+                    kernel = getattr(getattr(self.km, "provisioner", None), "pid", None)
                     with suppress(psutil.Error):
-                        self.cpu_seconds = float(sum(psutil.Process(self.km.provisioner.pid).cpu_times()[:4]))
+                        if kernel:
+                            self.cpu_seconds = float(sum(psutil.Process(kernel).cpu_times()[:4]))
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         content = msg["content"]

@@ -5,7 +5,6 @@ grid: {task: facts, rank: [1, 4, 16], alpha: 2r, lr: [3e-3, 1e-2], seed: [0, 1, 
 together: [rank, alpha, lr, seed]
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.layers.config import LoRAConfig
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
 from lorakit.models.merge import remove
-from lorakit.tasks.facts import encoded, facts, known_facts, recall
-from lorakit.tasks.sql.task import generate
-from lorakit.training.batch import IGNORE, Example, encode
+from lorakit.tasks.facts import FACTS, known_facts, recall
+from lorakit.tasks.sql.task import sql_task
+from lorakit.tasks.task import own_task
+from lorakit.training.batch import IGNORE, Example
 from lorakit.training.evaluate import teacher_forced
 from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Spec, fit_many
@@ -45,7 +46,7 @@ class Setting:
         alpha: a number, or a multiple of the rank such as "2r".
         lr, steps, batch_size, loraplus_ratio: as for `fit`.
         seed: of the facts, the start of A, the data's order and dropout.
-        targets, scaling, dropout: as for `inject`; targets may be a list in a list of a grid.
+        targets, scale_rule, dropout: as for `inject`; targets may be a list in a list of a grid.
         optimizer: one of `OPTIMIZERS`.
     """
 
@@ -60,7 +61,7 @@ class Setting:
     steps: int = 200
     batch_size: int = 8
     targets: str | Sequence[str] = "all-linear"
-    scaling: str = "lora"
+    scale_rule: str = "lora"
     dropout: float = 0.0
     optimizer: str = "adamw"
     loraplus_ratio: float = 1.0
@@ -77,11 +78,17 @@ class Setting:
         return float(self.alpha[:-1] or 1) * self.rank if isinstance(self.alpha, str) else self.alpha
 
     @property
+    def config(self) -> LoRAConfig | None:
+        """The adapter; None for full fine-tuning."""
+        if not self.rank:
+            return None
+        return LoRAConfig(self.rank, self.scale_alpha, self.dropout, self.scale_rule, self.targets)
+
+    @property
     def spec(self) -> Spec | None:
         """The run as `fit_many` takes it; None if it cannot."""
-        plain = self.rank and not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
-        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
-        return Spec(self.rank, self.scale_alpha, self.lr, self.seed, targets, self.scaling) if plain else None
+        plain = self.config and not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
+        return Spec(self.config, self.lr, self.seed) if plain else None
 
 
 def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,7 +117,7 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for fitted, (_, test) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
             if fitted.error:
                 raise FloatingPointError(fitted.error)
-            trainable = fitted.attach(model).trainable
+            trainable = count(fitted.attach(model)).trainable
             found.append(_tested(model, tokenizer, chosen[0], test, fitted.history, trainable))
             remove(model)
         return found
@@ -157,41 +164,28 @@ def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], list[Exam
         ValueError: there are fewer than n examples, or a line is not one.
     """
     if setting.task == "facts":
-        taught = encoded(tokenizer, facts(setting.n or 48, setting.seed))
+        taught = FACTS.encode(tokenizer, FACTS.items("new", setting.n or None, setting.seed))
         return taught, taught
     if setting.task == "sql":
-        splits = [_questions("train", None, setting.level), _questions("tables", TESTED, setting.level)]
-        train, test = ([encode(tokenizer, item.prompt, item.completion) for item in items] for items in splits)
+        task = sql_task(setting.level)
+        train, test = _questions("train", None, setting.level), _questions("tables", TESTED, setting.level)
     else:
-        train, test = (_read(Path(setting.task, f"{part}.jsonl"), tokenizer) for part in ("train", "test"))
+        task = own_task(setting.task)
+        train, test = task.items("train"), task.items("test")
     if not setting.n <= len(train):
         raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
-    return train[: setting.n or None], test
+    return task.encode(tokenizer, train[: setting.n or None]), task.encode(tokenizer, test)
 
 
-_questions = cache(lambda split, n, level: generate(split, n, level=level))
-
-
-def _read(path: Path, tokenizer: Any) -> list[Example]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            found.append(encode(tokenizer, row["prompt"], row["completion"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"expected an object with prompt and completion in {path}, line {number}: {error}"
-            ) from None
-    return found
+_questions = cache(lambda split, n, level: sql_task(level).items(split, n))
 
 
 def _one(setting: Setting, taught: list[Example], test: list[Example], shared: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = load_model(setting.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        if setting.rank:
-            own = {"dropout": setting.dropout, "scaling": setting.scaling}
-            inject(model, setting.rank, setting.scale_alpha, setting.targets, **own)
+        if setting.config:
+            inject(model, setting.config)
         else:
             model.requires_grad_(True)
     history = fit(

@@ -35,7 +35,7 @@ class Arm:
         if self.kind == "lora":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return model, inject(model, rank=self.size, alpha=2 * self.size).trainable
+                inject(model, rank=self.size, alpha=2 * self.size)
         return model, count(model).trainable
 
     def peak_lr(self, step: float, parameters: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.layers import shortcuts
 from lorakit.layers.bnb import dequantized, is_linear4bit
 
 Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes it whenever it is needed
@@ -27,12 +28,13 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     """The weight with which `lora_linear` may stand for calling `base(x)`, None where only the call will do.
 
     A layer with hooks, a replaced `forward`, weights that train or are of a tensor subclass, or an input in another
-    dtype, as under autocast, must be called. A class that stores its weight otherwise can offer `frozen_weight(dtype)`,
-    which returns W (d_out, d_in) in that dtype, as NF4Linear does. bitsandbytes' 4-bit layers are known too.
+    dtype, as under autocast, must be called; and every layer where shortcuts are switched off. A class that stores its
+    weight otherwise can offer `frozen_weight(dtype)`, which returns W (d_out, d_in) in that dtype, as NF4Linear does.
+    bitsandbytes' 4-bit layers are known too.
     """
-    if is_watched(base) or torch.is_autocast_enabled(x.device.type):
+    if not shortcuts.allowed() or is_watched(base) or torch.is_autocast_enabled(x.device.type):
         return None
-    if torch._C._are_functorch_transforms_active() or any(p.requires_grad for p in base.parameters()):
+    if shortcuts.is_transformed() or any(p.requires_grad for p in base.parameters()):
         return None
     bias = getattr(base, "bias", None)
     if (hasattr(base, "frozen_weight") or is_linear4bit(base)) and bias is not None and bias.dtype != x.dtype:

@@ -7,6 +7,8 @@ its loss looks as it did before. (Seen in bitsandbytes 0.50: `bitsandbytes.nn.Li
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ def prevent_repacking(model: nn.Module | None = None) -> bool:
     """Makes bitsandbytes leave the codes of 4-bit layers in their order: of all made later, and of a model's.
 
     Call it before a model is loaded, or give it the model before it has answered anything. Answers then take the usual
-    kernel, which is slower for a few tokens. LoRALinear does it for the layer that it wraps.
+    kernel, which is slower for a few tokens. LoRALinear does it for the layer that it wraps. `allow_repacking` takes it
+    back, and `repacking_prevented` does so after a block.
 
     Args:
         model: anything, with 4-bit layers or without.
@@ -37,6 +40,40 @@ def prevent_repacking(model: nn.Module | None = None) -> bool:
         if is_linear4bit(module):
             keep_order(module, name)
     return bool(has_avx512bf16())
+
+
+def allow_repacking() -> None:
+    """Layers made from now on are bitsandbytes' own again; those that keep their order go on keeping it."""
+    if "bitsandbytes" in sys.modules:
+        import bitsandbytes.nn.modules as library
+        from bitsandbytes.functional import has_avx512bf16
+
+        library.has_avx512bf16 = has_avx512bf16
+
+
+@contextmanager
+def repacking_prevented(model: nn.Module | None = None) -> Iterator[None]:
+    """While it is open, neither new 4-bit layers nor a model's are repacked; then what held before holds again.
+
+    Layers that are made inside keep their order for good. Adapters go on the model before or after, not inside.
+    """
+    if "bitsandbytes" not in sys.modules:
+        yield
+        return
+    import bitsandbytes.nn.modules as library
+
+    before = library.has_avx512bf16
+    layers = [module for module in model.modules() if is_linear4bit(module)] if model is not None else []
+    supports = [getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers]
+    try:
+        library.has_avx512bf16 = lambda: False
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+        yield
+    finally:
+        library.has_avx512bf16 = before
+        for layer, support in zip(layers, supports, strict=True):
+            layer.support_avx512bf16_for_cpu = support
 
 
 def keep_order(layer: nn.Module, name: str = "") -> None:

@@ -6,7 +6,7 @@ The paper's text calls the norm column-wise. Its authors' code and PEFT have one
 layout, (d_out, d_in), the norm is that of each row.
 """
 
-from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lorakit.layers.bases import dense_weight, frozen_weight
 from lorakit.layers.fused import lora_linear
-from lorakit.layers.lora import LoRALinear
+from lorakit.layers.lora import LoRALinear, ScaleRule
 
 
 class DoRALinear(LoRALinear):
@@ -27,12 +27,15 @@ class DoRALinear(LoRALinear):
         alpha: numerator of the scale s.
         dropout: probability of zeroing an input of A during training; m / ||.|| then acts on the dropped input too, as
             in PEFT.
-        scaling: as for LoRALinear.
+        scale_rule: as for LoRALinear.
         detach_norm: whether the norm counts as a constant in the gradient, as in the paper's section 4.3 and in PEFT.
 
     Raises:
         ValueError: a setting is out of range, or the base's weight cannot be read.
     """
+
+    peft_type: ClassVar = "LORA"
+    peft_names: ClassVar = LoRALinear.peft_names | {"magnitude": "lora_magnitude_vector"}
 
     def __init__(
         self,
@@ -40,10 +43,10 @@ class DoRALinear(LoRALinear):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
-        scaling: str | Callable[[float, int], float] = "lora",
+        scale_rule: ScaleRule = "lora",
         detach_norm: bool = True,
     ):
-        super().__init__(base, rank, alpha, dropout, scaling)
+        super().__init__(base, rank, alpha, dropout, scale_rule)
         self.detach_norm = detach_norm
         with torch.no_grad():
             self.magnitude = nn.Parameter(self.row_norms(dense_weight(base, self.A.dtype)))
@@ -83,6 +86,10 @@ class DoRALinear(LoRALinear):
         W = dense_weight(self.base, self.A.dtype)
         V = W + super().delta_weight()
         return V * (self.magnitude / self.row_norms(W))[:, None] - W
+
+    def peft_settings(self) -> dict[str, Any]:
+        """As LoRALinear's, and that it is DoRA."""
+        return super().peft_settings() | {"use_dora": True}
 
 
 @torch.no_grad()

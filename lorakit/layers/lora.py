@@ -2,22 +2,48 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
+from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import frozen_weight, is_conv1d, linear_shape
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.fused import lora_linear
 
-SCALINGS: dict[str, Callable[[float, int], float]] = {
+ScaleRule = str | Callable[[float, int], float]  # a name of SCALE_RULES, or a function (alpha, rank) -> s
+SCALE_RULES: dict[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, rank: alpha / rank,  # Hu et al. 2021, section 4.1
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023, arXiv:2312.03732
 }
+
+
+def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: ScaleRule = "lora") -> float:
+    """The scale s of an adapter, once its settings are seen to be in range.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
+    if not isinstance(dropout, Real) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
+    if scale_rule not in SCALE_RULES if isinstance(scale_rule, str) else not callable(scale_rule):
+        raise ValueError(
+            f"expected scale_rule in {sorted(SCALE_RULES)} or a function (alpha, rank), got {scale_rule!r}"
+        )
+    if not isinstance(alpha, Real) or not math.isfinite(alpha):
+        raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
+    scale = float((SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank))
+    if not math.isfinite(scale):
+        raise ValueError(f"expected a finite scale, got {scale} from alpha {alpha!r}")
+    return scale
 
 
 class LoRALinear(nn.Module):
@@ -31,27 +57,22 @@ class LoRALinear(nn.Module):
         rank: inner dimension r >= 1.
         alpha: numerator of the scale s.
         dropout: probability in [0, 1) of zeroing an input of A during training (never of the base).
-        scaling: `"lora"` for s = alpha / r, `"rslora"` for s = alpha / sqrt(r), or a function (alpha, rank) -> s.
+        scale_rule: `"lora"` for s = alpha / r, `"rslora"` for s = alpha / sqrt(r), or a function (alpha, rank) -> s.
 
     Raises:
-        ValueError: rank, alpha, dropout or scaling out of range, or a base that is not linear-like.
+        ValueError: rank, alpha, dropout or scale_rule out of range, or a base that is not linear-like.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, scaling="lora"):
+    peft_type: ClassVar = "LORA"  # what PEFT takes its files for; a class that does not say has its own name there
+    peft_names: ClassVar = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameters that PEFT calls otherwise
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, scale_rule: ScaleRule = "lora"):
         super().__init__()
         if isinstance(base, LoRALinear):
             raise ValueError("expected a plain linear layer, got a LoRALinear: it is adapted already")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
-        if isinstance(scaling, str) and scaling not in SCALINGS:
-            raise ValueError(f"expected scaling in {sorted(SCALINGS)} or a function (alpha, rank), got {scaling!r}")
+        self.scale = checked_scale(rank, alpha, dropout, scale_rule)
+        self.rank, self.alpha, self.scale_rule = rank, alpha, scale_rule
         d_out, d_in = linear_shape(base)
-        self.rank, self.alpha, self.scaling = rank, alpha, scaling
-        self.scale = float((SCALINGS[scaling] if isinstance(scaling, str) else scaling)(alpha, rank))
-        if not math.isfinite(self.scale):
-            raise ValueError(f"expected a finite scale, got {self.scale} from alpha {alpha!r}")
         if is_linear4bit(base):
             keep_order(base)
         self.base = base.requires_grad_(False)
@@ -98,6 +119,27 @@ class LoRALinear(nn.Module):
     def removed(self) -> nn.Module:
         """The base, as it was before."""
         return self.base
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The parameters, by the names that PEFT's files have for them."""
+        return {self.peft_names.get(name, name): p for name, p in own_parameters(self).items()}
+
+    def peft_settings(self) -> dict[str, Any]:
+        """What PEFT's adapter_config.json says of this layer; a rule of one's own becomes an alpha."""
+        return {
+            "peft_type": vars(type(self)).get("peft_type", type(self).__name__),
+            "r": self.rank,
+            "lora_alpha": self.alpha if self.scale_rule in ("lora", "rslora") else self.scale * self.rank,
+            "use_rslora": self.scale_rule == "rslora",
+            "lora_dropout": getattr(self.dropout, "p", 0.0),
+            "use_dora": False,
+        }
+
+    @torch.no_grad()
+    def load_peft(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the values of `peft_tensors()` over from a file."""
+        for name, parameter in self.peft_tensors().items():
+            parameter.copy_(tensors[name])
 
     @property
     def drops(self) -> bool:

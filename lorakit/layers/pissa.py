@@ -5,7 +5,8 @@ residual R, becomes the frozen base: the output is at first the same to rounding
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.layers.bases import dense_weight, is_conv1d
 from lorakit.layers.bnb import is_linear4bit
-from lorakit.layers.lora import LoRALinear
+from lorakit.layers.lora import LoRALinear, ScaleRule
 from lorakit.layers.lowrank import truncated_svd
 
 Factors = tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]
@@ -56,12 +57,14 @@ class PiSSALinear(LoRALinear):
         rank: inner dimension r, from 1 to min(d_out, d_in).
         alpha: numerator of the scale s.
         dropout: as for LoRALinear; in training it drops parts of W, too.
-        scaling: as for LoRALinear.
+        scale_rule: as for LoRALinear.
         start: called as `start(W, rank, scale)`, returns B and A; `olora_start` makes it OLoRA.
 
     Raises:
         ValueError: a setting is out of range, or the base is quantised.
     """
+
+    peft_type: ClassVar = "LORA"
 
     def __init__(
         self,
@@ -69,10 +72,10 @@ class PiSSALinear(LoRALinear):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
-        scaling: str | Callable[[float, int], float] = "lora",
+        scale_rule: ScaleRule = "lora",
         start: Callable[..., Factors] = pissa_start,
     ):
-        super().__init__(base, rank, alpha, dropout, scaling)
+        super().__init__(base, rank, alpha, dropout, scale_rule)
         if hasattr(base, "frozen_weight") or is_linear4bit(base) or not base.weight.is_floating_point():
             raise ValueError(f"expected a floating-point base, got {type(base).__name__}: inject first, then quantise")
         if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
@@ -107,6 +110,31 @@ class PiSSALinear(LoRALinear):
     def as_lora(self) -> tuple[Float[Tensor, "double d_in"], Float[Tensor, "d_out double"]]:
         """A and B, of twice the rank, of the plain LoRA with the same scale s that has learned the same over W."""
         return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """Those of the plain LoRA of twice the rank, `as_lora`, which fits the weight as it was before."""
+        A, B = self.as_lora()
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    def peft_settings(self) -> dict[str, Any]:
+        """Those of the plain LoRA of twice the rank with the same scale."""
+        rank = 2 * self.rank
+        alpha = self.scale * (rank**0.5 if self.scale_rule == "rslora" else rank)
+        return super().peft_settings() | {"r": rank, "lora_alpha": alpha}
+
+    @torch.no_grad()
+    def load_peft(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes A and B over from a file of an adapter that started from the same A0 and B0.
+
+        Raises:
+            ValueError: it started elsewhere: its file fits the weight, but not this residual.
+        """
+        (A, A0), (B, B0) = tensors["lora_A.weight"].chunk(2), tensors["lora_B.weight"].chunk(2, dim=1)
+        for ours, theirs in ((self.A0, A0), (self.B0, -B0)):
+            if not torch.allclose(ours, theirs.to(ours), rtol=1e-3, atol=1e-5 * float(ours.abs().max())):
+                raise ValueError("expected a file of PiSSALinear layers with this start, got one with another")
+        self.A.copy_(A)
+        self.B.copy_(B)
 
 
 def _plus(layer: nn.Module, delta: Tensor) -> nn.Module:

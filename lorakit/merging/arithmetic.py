@@ -1,7 +1,7 @@
 """Adapter arithmetic on the updates themselves, sBA of each layer: sums, differences, compression, TIES, DARE.
 
 Factors cannot be added: (B1 + B2)(A1 + A2) has cross terms that no adapter has learnt. So every function here takes and
-returns changes of weights, `Updates`, whatever ranks and scaling rules the adapters had:
+returns changes of weights, `Updates`, whatever ranks and scale rules the adapters had:
 
 sql, poems = read_updates("sql-adapter"), read_updates("poem-adapter")
 attach(model, compress(linear([sql, poems], [1.0, 0.5]), rank=16))
@@ -10,6 +10,7 @@ save_adapter(model, "both")
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def dare(
 
     def drop(changes: list[Tensor]) -> Tensor:
         kept = [torch.rand(change.shape, generator=random).to(change.device) < density for change in changes]
-        return sum(change * keep / density for change, keep in zip(changes, kept, strict=True))
+        return reduce(torch.add, [change * keep / density for change, keep in zip(changes, kept, strict=True)])
 
     return _dense(updates, weights, density, rank, drop)
 

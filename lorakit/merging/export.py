@@ -92,16 +92,16 @@ def export_merged(
     return found
 
 
-def _own_dtype(model: nn.Module) -> torch.dtype:
+def _own_dtype(model: Any) -> torch.dtype:
     """The dtype that the base's files have, by its config, read anew: loading has overwritten it in the model."""
     from transformers import AutoConfig
 
     with quiet():
         own = getattr(AutoConfig.from_pretrained(model.config._name_or_path), "dtype", None)
-    return own if own in DTYPES.values() else torch.float32
+    return next((dtype for dtype in DTYPES.values() if dtype == own), torch.float32)
 
 
-def _probe(model: nn.Module) -> list[Example]:
+def _probe(model: Any) -> list[Example]:
     """Random tokens, each of which is to be predicted; the same for every model with that vocabulary."""
     size = model.config.get_text_config().vocab_size
     rows = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0)).tolist()

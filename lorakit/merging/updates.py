@@ -1,4 +1,4 @@
-"""What adapters change, layer by layer, whatever their ranks, scaling rules and files; read, and put back."""
+"""What adapters change, layer by layer, whatever their ranks, scale rules and files; read, and put back."""
 
 import os
 import re
@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
-from lorakit.layers.dora import DoRALinear
-from lorakit.layers.lora import SCALINGS, LoRALinear
-from lorakit.layers.pissa import PiSSALinear
-from lorakit.models.inject import Count, adapters, check_plain, wrap
-from lorakit.models.peft_files import AdapterError, read_adapter
-from lorakit.models.save_load import PREFIX, pattern_value
+from lorakit.layers.lora import LoRALinear, checked_scale
+from lorakit.models.inject import adapters, check_plain, wrap
+from lorakit.models.peft_files import AdapterError, as_config, read_adapter
+from lorakit.models.save_load import FACTORS, PREFIX
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     """The changes that a model's adapters make, or those of a saved adapter, lorakit's or PEFT's, without its model.
 
     Args:
-        source: a model with LoRALinear or PiSSALinear layers, or a folder; any rank, alpha and scaling rule by layer.
+        source: a model with LoRA's or PiSSA's layers, or a folder; any rank, alpha and scale rule by layer.
 
     Returns:
         layer -> its change, detached, in float32 or wider.
@@ -57,7 +56,7 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     Raises:
         FileNotFoundError: there is no such file.
         AdapterError: the files are damaged, or hold something else than LoRA.
-        ValueError: there are no adapters, or they are DoRA's, whose change depends on the base's weight.
+        ValueError: there are no adapters, or of another kind, such as DoRA's, whose change depends on the weight.
     """
     found = _from_model(source) if isinstance(source, nn.Module) else _from_folder(Path(source))
     if not found:
@@ -65,8 +64,11 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     return {name: Update(scale * _wide(B), _wide(A)) for name, (A, B, scale) in found.items()}
 
 
-def attach(model: nn.Module, updates: Updates) -> Count:
-    """Puts updates into a plain model as LoRALinear layers of scale 1, to be run, saved, merged or trained further.
+def attach(model: nn.Module, updates: Updates) -> nn.Module:
+    """Puts updates into a plain model as LoRALinear layers of scale 1, to be run, saved, merged or trained.
+
+    Returns:
+        the same model.
 
     Raises:
         ValueError: the model carries adapters, lacks a layer, or has it in another shape. The model is then as it was.
@@ -97,30 +99,28 @@ def _wide(tensor: Tensor) -> Tensor:
 def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     found = {}
     for name, layer in adapters(model).items():
-        if not isinstance(layer, LoRALinear) or isinstance(layer, DoRALinear):
-            raise ValueError(f"expected LoRA, got {type(layer).__name__} for layer {name!r}: its change depends on W")
-        A, B = layer.as_lora() if isinstance(layer, PiSSALinear) else (layer.A, layer.B)
-        found[name] = (A, B, layer.scale)
+        settings = layer.peft_settings() if isinstance(layer, Adapter) else {}
+        if settings.get("peft_type") != "LORA" or settings["use_dora"]:
+            raise ValueError(f"expected LoRA, got {type(layer).__name__} for layer {name!r}: its change is no s B A")
+        A, B = (layer.peft_tensors()[part] for part in FACTORS)
+        rule = "rslora" if settings["use_rslora"] else "lora"
+        found[name] = (A, B, checked_scale(A.shape[0], settings["lora_alpha"], scale_rule=rule))
     return found
 
 
 def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    tensors, config = read_adapter(folder)
-    if config.get("use_dora"):
+    tensors, file = read_adapter(folder)
+    if file.get("use_dora"):
         raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
-    rule = SCALINGS["rslora" if config.get("use_rslora") else "lora"]
-    found = {}
+    config, found = as_config(file), {}
     for key, A in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         other = key.replace("lora_A", "lora_B") if match and match[2] == "A" else key.replace("lora_B", "lora_A")
         if match is None or other not in tensors or A.ndim != 2:
             raise AdapterError(f"expected lora_A and lora_B of linear layers, got {key!r}")
         if match[2] == "A":
-            rank = pattern_value(config.get("rank_pattern"), match[1], config.get("r"))
-            alpha = pattern_value(config.get("alpha_pattern"), match[1], config.get("lora_alpha"))
+            rank, alpha = config.at(match[1])
             if (B := tensors[other]).ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
                 raise AdapterError(f"expected factors of rank {rank} for layer {match[1]!r}")
-            if type(alpha) not in (int, float):
-                raise AdapterError(f"expected a number as lora_alpha, got {alpha!r}")
-            found[match[1]] = (A, B, rule(alpha, rank))
+            found[match[1]] = (A, B, checked_scale(rank, alpha, scale_rule=config.scale_rule))
     return found

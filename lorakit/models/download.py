@@ -13,7 +13,6 @@ Three things to know about it:
   then mask every eos, and the model would unlearn to stop.
 """
 
-import difflib
 import importlib.metadata
 import os
 import shutil
@@ -29,6 +28,7 @@ import torch
 
 from lorakit._optional import need, quiet
 from lorakit._progress import Progress
+from lorakit._suggest import near_names
 from lorakit.models.manifest import MANIFEST, find_damage, seal, sha256
 
 __all__ = ["MANIFEST", "MODELS", "MadeModel", "WheelModel", "cache_dir", "fetch_model"]
@@ -87,9 +87,7 @@ def fetch_model(name: str = "smollm2", verify: bool = False) -> Path:
         FileNotFoundError: a model of the repository, but only the package is installed; says how to make it.
     """
     if name not in MODELS:
-        near = " or ".join(map(repr, difflib.get_close_matches(name, MODELS, cutoff=0.4)))
-        hint = f"; did you mean {near}?" if near else ""
-        raise ValueError(f"expected a name in {sorted(MODELS)}, a folder or a hub id 'owner/name', got {name!r}{hint}")
+        raise ValueError(f"expected a model's name, a folder or a hub id 'owner/name', {near_names(name, MODELS)}")
     source, folder = MODELS[name], cache_dir() / name
     if isinstance(source, Path):
         return source
@@ -179,7 +177,7 @@ def _build(folder: Path, source: WheelModel) -> None:
 def _find_installed(source: WheelModel) -> Path | None:
     """The GGUF file, where the package is installed and the file is the right one."""
     try:
-        gguf = Path(importlib.metadata.distribution(source.package).locate_file(source.member))
+        gguf = Path(str(importlib.metadata.distribution(source.package).locate_file(source.member)))
     except importlib.metadata.PackageNotFoundError:
         return None
     return gguf if gguf.is_file() and sha256(gguf) == source.gguf_sha256 else None

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.targets import find_targets
+
+FIELDS = ("dropout", "scale_rule", "rank_pattern", "alpha_pattern")  # of a LoRAConfig, by their names in `inject`
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Mod
     return found
 
 
-def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> Count:
-    """Replaces each named layer by `make(name, layer)` and freezes everything but the new parameters.
+def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """Replaces each named layer by `make(name, layer)`, freezes all but the new parameters, returns the model.
 
     All new modules are made before the first is put in, so that an error leaves the model as it was. A layer that is
     registered under several names gets one adapter, seen under all of them.
@@ -90,33 +93,45 @@ def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module]
         raise
     model.requires_grad_(False)
     replace(model, made)
-    return count(model)
+    return model
 
 
 def inject(
     model: nn.Module,
-    rank: int,
-    alpha: float,
+    rank: int | LoRAConfig,
+    alpha: float | None = None,
     targets: str | Iterable[str] = "all-linear",
     layer: Callable[..., nn.Module] = LoRALinear,
     **settings,
-) -> Count:
+) -> nn.Module:
     """Wraps the chosen linear layers of a model in adapters and freezes the rest, in place.
+
+        lorakit.inject(model, rank=16, alpha=32)
+        lorakit.inject(model, lorakit.LoRAConfig(16, 32))  # the same
 
     Args:
         model: any module: Llama-like, GPT-2 with its Conv1D, BERT, or the reader's own.
-        rank: inner dimension of every adapter.
+        rank: inner dimension of every adapter; or a LoRAConfig, which has all of the settings.
         alpha: numerator of the scale.
         targets: which layers, as in `find_targets`.
         layer: the adapter's class, called as `layer(base, rank, alpha, **settings)`.
-        settings: passed on, for LoRALinear `dropout` and `scaling`.
+        settings: for LoRALinear `dropout` and `scale_rule`, and what other classes have more.
 
     Returns:
-        how many parameters train, and of how many.
+        the same model; `count` says how many of its parameters train.
 
     Raises:
         ValueError: the model carries adapters, a target matches nothing, or a setting is out of range. The model is
             then as it was.
     """
+    if not isinstance(rank, LoRAConfig):
+        own = {name: settings.pop(name) for name in FIELDS if name in settings}
+        config = LoRAConfig(rank, alpha, targets=targets, layer=layer, settings=settings, **own)
+    elif alpha is not None or settings or layer is not LoRALinear or targets != "all-linear":
+        raise ValueError(
+            "expected a LoRAConfig alone, got further settings beside it: dataclasses.replace makes another"
+        )
+    else:
+        config = rank
     check_plain(model)
-    return wrap(model, find_targets(model, targets), lambda _, base: layer(base, rank, alpha, **settings))
+    return wrap(model, find_targets(model, config.targets), config.make)

@@ -1,74 +1,14 @@
-"""Adapters added to the weights for a while, in place: answers then cost what the plain model's cost."""
+"""Adapters come out of a model again: added to the weights for good or for a while, or left out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.layers.bases import is_conv1d
 from lorakit.layers.lora import LoRALinear
-from lorakit.models.inject import adapters, places, replace, shared_weights
-
-
-@contextmanager
-def folded(model: nn.Module) -> Iterator[nn.Module]:
-    """While it is open, the model is plain, with `W + s B A` in the place of W; afterwards it is adapted as before.
-
-        with lorakit.folded(model):
-            answers = lorakit.greedy(model, tokenizer, prompts)
-
-    float32 weights are added to and subtracted from: they come back to rounding, about 6e-8 of their norm. Narrower
-    ones would not, nor DoRA's; of those a copy is kept and put back, bit for bit. To merge for good, use `merge`.
-
-    Raises:
-        ValueError: no adapters, one that is no LoRALinear, a quantised base, or a weight that two layers share.
-    """
-    found = adapters(model)
-    if not found:
-        raise ValueError("expected a model with adapters, got a plain one")
-    shared = shared_weights(model)
-    for name, layer in found.items():
-        weight = getattr(layer.base, "weight", None)
-        if not isinstance(layer, LoRALinear) or weight is None or not weight.is_floating_point():
-            raise ValueError(f"expected a LoRALinear on a floating-point weight, got {type(layer).__name__} at {name}")
-        if id(weight) in shared:
-            raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
-    before = {layer: _add(layer) for layer in found.values()}
-    replace(model, {layer: layer.base for layer in found.values()})
-    try:
-        yield model
-    finally:
-        replace(model, {layer.base: layer for layer in found.values()})
-        for layer, weight in before.items():
-            _take_away(layer, weight)
-
-
-@torch.no_grad()
-def _add(layer: LoRALinear) -> Tensor | None:
-    """Adds the update to the base's weight; returns a copy of the weight if it could not be had back otherwise."""
-    W = _weight(layer)
-    if W.dtype != layer.A.dtype or type(layer).delta_weight is not LoRALinear.delta_weight:
-        kept = W.clone()
-        W.copy_(W.to(layer.A.dtype) + layer.delta_weight())
-        return kept
-    W.addmm_(layer.B, layer.A, alpha=layer.scale)
-    return None
-
-
-@torch.no_grad()
-def _take_away(layer: LoRALinear, kept: Tensor | None) -> None:
-    W = _weight(layer)
-    if kept is None:
-        W.addmm_(layer.B, layer.A, alpha=-layer.scale)
-    else:
-        W.copy_(kept)
-
-
-def _weight(layer: LoRALinear) -> Tensor:
-    """The base's weight as (d_out, d_in), whichever way it is stored."""
-    weight = layer.base.weight.detach()
-    return weight.T if is_conv1d(layer.base) else weight
+from lorakit.models.inject import adapters, places, shared_weights
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -78,22 +18,99 @@ def merge(model: nn.Module) -> nn.Module:
     its weight with the input embedding and was adapted is its own weight from here on.
 
     Raises:
-        ValueError: the model carries no adapter, or a base is quantised.
+        ValueError: the model carries no adapter, or a base is quantised. The model is then as it was.
     """
-    found = adapters(model)
-    if not found:
-        raise ValueError("expected a model with adapters, got a plain one")
-    if shared_weights(model) & {id(getattr(layer.base, "weight", None)) for layer in found.values()}:
+    found = _adapted(model)
+    tied = shared_weights(model) & {id(getattr(layer.base, "weight", None)) for layer in found.values()}
+    _unwrap(model, lambda layer: layer.merged())
+    if tied:
         _untie(model)
-    return _unwrap(model, lambda layer: layer.merged())
+    return model
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Takes the adapters out and returns the plain model, which is the same object with the base's weights."""
-    return _unwrap(model, lambda layer: layer.removed() if isinstance(layer, LoRALinear) else layer.base)
+    """Takes the adapters out and returns the plain model, which is the same object with the base's weights.
+
+    Raises:
+        ValueError: a PiSSALinear has had its residual quantised. The model is then as it was.
+    """
+    return _unwrap(model, lambda layer: layer.removed() if hasattr(layer, "removed") else layer.base)
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[nn.Module]:
+    """While it is open, the model is plain, with `W + s B A` in the place of W; afterwards it is adapted as before.
+
+        with lorakit.folded(model):
+            answers = lorakit.greedy(model, tokenizer, prompts)
+
+    Answers then cost what the plain model's cost. Plain LoRA on float32 is added to the weights and subtracted again:
+    they come back to rounding, about 6e-8 of their norm. Narrower ones would not, nor another layer's update: there a
+    `merged()` copy takes the layer's place, and the weights stay, bit for bit. To merge for good, use `merge`.
+
+    Raises:
+        ValueError: no adapters, a base whose weight is quantised or not there, or a weight that two layers share. The
+            model is then as it was.
+    """
+    found = _adapted(model)
+    shared = shared_weights(model)
+    for name, layer in found.items():
+        weight = getattr(layer.base, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(f"expected an adapter on a floating-point weight, got {type(layer).__name__} at {name}")
+        if id(weight) in shared:
+            raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
+    layers = list(dict.fromkeys(found.values()))
+    plain = {layer: layer.base if _can_be_undone(layer) else layer.merged() for layer in layers}
+    held = places(model, plain)
+    added: list[LoRALinear] = []
+    try:
+        for layer in layers:
+            if plain[layer] is layer.base:
+                _add(layer, added)
+        for parent, child, layer in held:
+            setattr(parent, child, plain[layer])
+        yield model
+    finally:
+        for parent, child, layer in held:
+            setattr(parent, child, layer)
+        for layer in added:
+            _sum(layer, -1)
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    found = adapters(model)
+    if not found:
+        raise ValueError("expected a model with adapters, got a plain one")
+    return found
+
+
+def _can_be_undone(layer: nn.Module) -> bool:
+    """True if the update is `s B A`, in the weight's own dtype and wide enough to be subtracted again."""
+    own = getattr(type(layer), "delta_weight", None) is LoRALinear.delta_weight
+    return own and layer.base.weight.dtype == layer.A.dtype
+
+
+def _add(layer: LoRALinear, added: list[LoRALinear]) -> None:
+    """Adds the update to the base's weight, and the layer to the list: both, or neither if it fails."""
+    added.append(layer)  # first: Python delivers an interrupt after the sum, not within it
+    try:
+        _sum(layer, 1)
+    except Exception:
+        added.pop()
+        raise
+
+
+@torch.no_grad()
+def _sum(layer: LoRALinear, sign: int) -> None:
+    weight = layer.base.weight.detach()
+    W = weight.T if is_conv1d(layer.base) else weight  # (d_out, d_in)
+    W.addmm_(layer.B, layer.A, alpha=sign * layer.scale)
 
 
 def _unwrap(model: nn.Module, plain_of: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for layer in set(adapters(model).values()):
+        plain_of(layer)  # whoever refuses does it now, when nothing has changed
     plain: dict[nn.Module, nn.Module] = {}
     for parent, child, layer in places(model, set(adapters(model).values())):
         if layer not in plain:

@@ -5,51 +5,25 @@ Names and defaults follow PEFT 0.21 (`peft.LoraConfig`, `peft.utils.save_and_loa
 
 import json
 import math
-import re
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from lorakit._atomic import write_atomically
+from lorakit.layers.config import PLAIN, LoRAConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKSUM = "lorakit_xxh3"  # a field of the safetensors header, which PEFT ignores; it finds damage, not forgery
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
-# Settings of a LoraConfig that leave a trained layer plain LoRA or DoRA, or that adapter.py reads.
-PLAIN = {
-    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying"),
-}
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that keep the base's weights
-
-
-def _is_pattern(value: Any) -> bool:
-    """True for a regular expression or a list of names."""
-    return bool(re.compile(value) if isinstance(value, str) else all(isinstance(name, str) for name in value))
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-CHECKS = {
-    "target_modules": lambda value: value and _is_pattern(value),
-    "exclude_modules": lambda value: not value or _is_pattern(value),
-    "layers_pattern": lambda value: not value or _is_pattern("|".join(_as_list(value))),
-    "layers_to_transform": lambda value: value is None or {type(i) for i in _as_list(value)} <= {int},
-    "rank_pattern": lambda value: not value or _is_pattern("|".join(value.keys())),
-    "alpha_pattern": lambda value: not value or _is_pattern("|".join(value.keys())),
-    "lora_dropout": lambda value: value is None or 0 <= value < 1,
-}
 
 
 class AdapterError(ValueError):
@@ -67,14 +41,27 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     )
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_adapter(folder: Path, kinds: Container[str] | None = ("LORA",)) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads both files and verifies what can be verified without a model.
+
+    Args:
+        folder: holds both files.
+        kinds: the methods that are welcome, as `peft_type` names them; None for any.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        AdapterError: a file is damaged, or the configuration is neither plain LoRA nor DoRA.
+        AdapterError: a file is damaged, or the configuration is of another method or has settings out of range.
     """
-    config = _read_config(folder / CONFIG)
+    config = _read_json(folder / CONFIG)
+    if not isinstance(config.get("peft_type"), str) or (kinds is not None and config["peft_type"] not in kinds):
+        raise AdapterError(
+            f"expected plain LoRA (peft_type 'LORA'), got {config.get('peft_type')!r}; for a layer of your own, give "
+            "load_adapter its class: layer=..."
+        )
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise AdapterError(f"expected a start that keeps the base's weights, got init_lora_weights = {start!r}")
+    as_config(config)
     tensors, checksum = _read_tensors(folder / WEIGHTS)
     if checksum is not None and checksum != _digest(tensors, config):
         raise AdapterError(f"expected the files as they were saved, got another checksum: {folder} was altered")
@@ -82,29 +69,36 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, config
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def as_config(file: Mapping[str, Any], layer: Callable[..., nn.Module] | None = None) -> LoRAConfig:
+    """What an adapter_config.json means, whatever its layers started from.
+
+    Args:
+        file: of plain LoRA or DoRA; or of a layer of the reader's own, whose further settings are its keywords.
+        layer: that layer, None for LoRA and DoRA.
+
+    Raises:
+        AdapterError: a setting is not read here, or out of range.
+    """
+    own: dict[str, Any] = {}
+    if file["peft_type"] != "LORA":
+        own = {key: value for key, value in file.items() if key not in PLAIN and key != "bias"}
+        file = {key: value for key, value in file.items() if key not in own} | {"peft_type": "LORA"}
+    try:
+        config = LoRAConfig.from_peft({**file, "init_lora_weights": True})
+        return replace(config, layer=layer or config.layer, settings=own if layer else {})
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"expected an adapter's {CONFIG}, got none at {path}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"expected JSON in {path}, got a damaged file: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        method = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"expected plain LoRA (peft_type 'LORA'), got {method!r}")
-    start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS:
-        raise AdapterError(f"expected a start that keeps the base's weights, got init_lora_weights = {start!r}")
-    for key, value in config.items():
-        if key not in PLAIN and value not in (None, False, "none", [], {}):
-            raise AdapterError(f"expected plain LoRA, got {key} = {value!r}")
-    for key, is_right in CHECKS.items():
-        try:
-            right = is_right(config.get(key))
-        except (TypeError, AttributeError, re.error):
-            right = False
-        if not right:
-            raise AdapterError(f"expected a valid {key}, got {config.get(key)!r}")
+    if not isinstance(config, dict):
+        raise AdapterError(f"expected a JSON object in {path}, got {type(config).__name__}")
     return config
 
 

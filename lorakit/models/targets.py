@@ -1,11 +1,11 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
-import difflib
 import re
 from collections.abc import Iterable
 
 from torch import nn
 
+from lorakit._suggest import near_names
 from lorakit.layers.bases import linear_shape
 
 HEAD_NAMES = ("score", "classifier")  # a classifier's output layer, as transformers names it
@@ -38,6 +38,13 @@ def is_named(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def is_target(name: str, targets: str | Iterable[str]) -> bool:
+    """True if `targets`, names or a regular expression as for `find_targets`, choose a layer of that name."""
+    if isinstance(targets, str):
+        return re.fullmatch(rf"(.*\.)?({targets})", name) is not None
+    return any(is_named(name, target) for target in targets)
+
+
 def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") -> list[str]:
     """Names of the linear layers that `targets` chooses, in the model's order.
 
@@ -58,10 +65,9 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
         return chosen
     if isinstance(targets, str):
         try:
-            pattern = re.compile(rf"(.*\.)?({targets})")
+            matches = {targets: [name for name in layers if is_target(name, targets)]}
         except re.error as error:
             raise ValueError(f"expected a regular expression, got {targets!r}: {error}") from None
-        matches = {targets: [name for name in layers if pattern.fullmatch(name)]}
     else:
         matches = {target: [name for name in layers if is_named(name, target)] for target in targets}
     if not matches:
@@ -77,6 +83,5 @@ def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
     other = next((type(m).__name__ for name, m in model.named_modules() if name and is_named(name, target)), None)
     if other is not None:
         return f"expected targets that are linear layers, got {target!r}, which is a {other}"
-    known = dict.fromkeys([*(name.rsplit(".", 1)[-1] for name in layers), *layers])
-    near = difflib.get_close_matches(target, known, n=4, cutoff=0.4) or list(known)[:8]
-    return f"expected targets that match a linear layer, got {target!r}; near names: {', '.join(near) or 'none'}"
+    known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers)
+    return f"expected targets that match a linear layer, {near_names(target, known)}"

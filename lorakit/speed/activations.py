@@ -1,8 +1,10 @@
-"""A model's own layers with less kept for the backward pass: what a LoRA step holds is mostly theirs.
+"""A model's own modules with less kept for the backward pass: what a LoRA step holds is mostly theirs.
 
-Gated feed-forward blocks, `down(silu(gate(x)) * up(x))`, are the largest part of what a step of a Llama-like model
-keeps. Here two of their four wide tensors stay; `silu(gate)` and the product are made again in the backward pass, which
-costs two cheap operations and saves half of the memory of the block.
+Two kinds of modules compute what they did, to rounding, and keep less of it.
+
+A gated feed-forward block, `down(silu(gate(x)) * up(x))`, is the largest part of what a step of a Llama-like model
+keeps. Two of its four wide tensors stay; `silu(gate)` and the product are made again in the backward pass, which costs
+two cheap operations and saves half of the block's memory.
 
 RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) keeps its output, which the next layer keeps anyway:
 
@@ -19,20 +21,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.layers import shortcuts
 from lorakit.layers.bases import frozen_weight, is_watched, linear_shape
+from lorakit.layers.bnb import repacking_prevented
 from lorakit.layers.lora import LoRALinear
+from lorakit.speed.patching import patched_forwards
 
-PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")  # a gated block's parts
+Forward = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def lean(model: nn.Module) -> Iterator[int]:
+    """While it is open, gated feed-forward blocks and RMSNorms compute the same, to rounding, with less memory.
+
+    Modules with hooks or a forward of their own stay as they are, and so does whatever does not answer a trial input as
+    the formulas above do.
+
+    Yields:
+        how many modules it is.
+    """
+    with repacking_prevented(model):  # the trials are forwards without a gradient
+        tried = {m: _lean_block(m) or _lean_norm(m) for m in model.modules() if not is_watched(m)}
+    found = {module: forward for module, forward in tried.items() if forward}
+    with patched_forwards(found):
+        yield len(found)
 
 
 @torch.no_grad()
-def lean_gated(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _answers_as(module: nn.Module, formula: Forward, x: Tensor) -> bool:
+    """True if a module answers a trial input as the formula does, bit for bit."""
+    try:
+        with torch.random.fork_rng():  # dropout must not notice
+            return torch.equal(module(x), formula(x))
+    except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
+        return False
+
+
+# ---- gated blocks ----
+
+
+def _lean_block(block: nn.Module) -> Forward | None:
     """The same forward with less kept, None if the module is no gated block whose down-projection is adapted.
 
-    It is taken for one by its parts' names, and because it answers an input as the formula does. Blocks with hooks on
-    their parts, or another activation, are not.
+    It is taken for one by its parts' names and its answer. Blocks with hooks on their parts, or another activation, are
+    not.
     """
-    if not all(isinstance(getattr(block, part, None), nn.Module) for part in PARTS):
+    if not all(isinstance(getattr(block, part, None), nn.Module) for part in GATED):
         return None
     act, down, up = block.act_fn, block.down_proj, block.up_proj
     if is_watched(act) or is_watched(down) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
@@ -43,11 +78,10 @@ def lean_gated(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     try:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
-        x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, dtype)
-        with torch.random.fork_rng():  # dropout must not notice
-            same = torch.equal(block(x), down(F.silu(block.gate_proj(x)) * up(x)))
-    except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
+    except ValueError:  # nothing linear
         return None
+    x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, dtype)
+    same = _answers_as(block, lambda x: down(F.silu(block.gate_proj(x)) * up(x)), x)
     return partial(_gated_forward, block) if same else None
 
 
@@ -86,27 +120,25 @@ class _GatedDown(torch.autograd.Function):
         return dg, dp.mul_(silu), dA, dB, None, None, None
 
 
-@torch.no_grad()
-def lean_norm(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The same forward with less kept, None if the module is no RMSNorm with a frozen float32 weight without zeros.
+# ---- norms ----
 
-    It is taken for one if it answers an input as the formula does, bit for bit.
-    """
+
+def _lean_norm(norm: nn.Module) -> Forward | None:
+    """The same forward with less kept, None if the module is no RMSNorm with a frozen float32 weight without zeros."""
     w, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if type(w) is not nn.Parameter or w.ndim != 1 or w.dtype != torch.float32 or w.requires_grad:
         return None
     if not isinstance(eps, float) or len([*norm.parameters()]) > 1 or (w.abs() < 1e-6).any():
         return None
     x = torch.linspace(-2, 3, 2 * len(w), device=w.device).view(1, 2, len(w))
-    try:
-        same = torch.equal(norm(x), _RMSNorm.apply(x, w, eps))
-    except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
-        return None
+    same = _answers_as(norm, lambda x: _RMSNorm.apply(x, w, eps), x)
     return partial(_norm_forward, norm, w, eps) if same else None
 
 
 def _norm_forward(norm: nn.Module, w: Tensor, eps: float, x: Tensor) -> Tensor:
+    """The norm's output, from `_RMSNorm` where that may stand for it."""
     usual = x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    usual = usual and shortcuts.allowed() and not shortcuts.is_transformed()
     same = norm.weight is w and not w.requires_grad  # a wrapper may have changed the weight for this pass
     return _RMSNorm.apply(x, w, eps) if usual and same else type(norm).forward(norm, x)
 
@@ -125,26 +157,3 @@ class _RMSNorm(torch.autograd.Function):
         y, r, w = ctx.saved_tensors
         mean = (dy * y).mean(-1, keepdim=True)
         return (dy * w).addcmul_(y / w, mean, value=-1).mul_(r), None, None
-
-
-@contextmanager
-def lean(model: nn.Module) -> Iterator[int]:
-    """While it is open, gated feed-forward blocks and RMSNorms compute the same, to rounding, with less memory.
-
-    Modules with hooks or a forward of their own stay as they are, and so does whatever does not answer a trial input as
-    the formulas above do.
-
-    Yields:
-        how many modules it is.
-    """
-    found = {}
-    for module in model.modules():
-        if not is_watched(module) and (forward := lean_gated(module) or lean_norm(module)):
-            found[module] = forward
-    for module, forward in found.items():
-        module.forward = forward
-    try:
-        yield len(found)
-    finally:
-        for module in found:
-            del module.forward

@@ -8,31 +8,47 @@ Here the heads that share a key are rows of one product, and the weights are mad
     dV = P' dO        dS = P * (dO V' - rowsum(P * dO V'))        dQ = s dS K        dK = s dS' Q
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lorakit.layers import shortcuts
 from lorakit.speed.cpu import matmul_precision
+from lorakit.speed.decision import Decision
 
 MAX_TOKENS = 256  # up to this length it is faster than the blocked kernel; beyond, (seq, seq) matters
 
 
-def attention(tokens: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """What a model should run under whose sequences have so many tokens: `short_attention` where that is faster."""
-    slow = dtype in (torch.bfloat16, torch.float16) or matmul_precision() == "medium"
-    return _ShortAttention() if device.type == "cpu" and slow and tokens <= MAX_TOKENS else nullcontext()
+@contextmanager
+def attention(model: nn.Module) -> Iterator[Decision]:
+    """While it is open, `short_attention` answers calls of torch's attention over at most `MAX_TOKENS`, if it pays.
+
+    It pays on a CPU in half precision, and in float32 where oneDNN multiplies: open this inside of what decides that.
+
+    Yields:
+        what was decided.
+    """
+    like = next(model.parameters())
+    if like.device.type != "cpu":
+        yield Decision(False, "for a CPU only")
+    elif like.dtype not in (torch.bfloat16, torch.float16) and matmul_precision() != "medium":
+        yield Decision(False, "torch's own is as fast in float32 without oneDNN")
+    else:
+        with _ShortAttention():
+            yield Decision(True, f"up to {MAX_TOKENS} tokens a text")
 
 
 def short_attention(
     q: Float[Tensor, "batch heads seq d"],
     k: Float[Tensor, "batch groups keys d"],
     v: Float[Tensor, "batch groups keys d_v"],
-    hidden: Bool[Tensor, "#batch #heads seq keys"] | None = None,
+    hidden: Bool[Tensor, "#batch #heads #seq keys"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads seq d_v"]:
     """Computes `scaled_dot_product_attention(q, k, v)` in float32, rounded once; heads // groups heads share a key.
@@ -87,7 +103,7 @@ class _ShortAttention(TorchFunctionMode):
     """While it is open, calls of torch's attention that `short_attention` can answer are answered by it."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and shortcuts.allowed():
             return _attend(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
@@ -104,16 +120,17 @@ def _attend(
 ) -> Tensor:
     """torch's `scaled_dot_product_attention`: by `short_attention`, or by itself where that has other rules."""
     seq, keys = query.shape[-2], key.shape[-2]
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if max(seq, keys) > MAX_TOKENS or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     hidden = torch.ones(seq, keys, dtype=torch.bool).triu_(1)[None, None] if is_causal else None
     if attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.ndim == 4:
         hidden = ~attn_mask
     usual = query.ndim == 4 and query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled("cpu")
-    usual = usual and not torch._C._are_functorch_transforms_active()
+    usual = usual and not shortcuts.is_transformed()
     usual = usual and key.shape[:2] == value.shape[:2] and (enable_gqa or query.shape[1] == key.shape[1])
     masked = (attn_mask is None or (hidden is not None and not is_causal)) and (not is_causal or seq == keys)
     if dropout_p or not usual or not masked or (attn_mask is not None and hidden.all(-1).any()):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     return short_attention(query, key, value, hidden, scale)

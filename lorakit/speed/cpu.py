@@ -4,12 +4,14 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 
 import torch
 from torch import nn
+
+from lorakit.speed.decision import Decision
 
 # Spin briefly, then sleep: a thread that waits for another does not take its core away. For GNU OpenMP, which torch on
 # Linux uses, and only before torch is imported: lorakit's kernels and the Makefile set it.
@@ -20,41 +22,90 @@ TRAINING = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
 MIN_PRODUCT = 256**3  # multiplications in the largest product of a step; with fewer oneDNN is no faster
 MIN_TOKENS = 256  # with fewer rows oneDNN asks for new memory in every thin product, and is slower
 MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
+MAX_ERROR = 4.0  # times the default's error in a trial product: more is not float32 any more, and is refused
+PIN = "LORAKIT_ONEDNN"  # 1 or 0 in the environment: used wherever it is exact, or never, whatever the time says
 _users = 0
+_ours = 0  # how many blocks have chosen the precision
 
 
 @contextmanager
-def fast(model: nn.Module, tokens: float) -> Iterator[None]:
+def fast(model: nn.Module, tokens: float, onednn: bool | None = None) -> Iterator[dict[str, Decision]]:
     """The settings with which a model on a CPU trains and answers fastest, with results exact to float32 rounding.
 
     `kept_memory`, and oneDNN for float32 products of matrices where MKL is slower, as on AMD processors, and where
-    `onednn_gain` has measured that it is as exact. For small products and on other devices nothing changes.
+    `onednn_trial` has measured that it is as exact. For small products and on other devices nothing changes.
 
     Args:
         model: what will run.
         tokens: about how many it will see at a time.
+        onednn: pins the choice, see `PIN`, which it outranks; None lets the environment or the time decide.
+
+    Yields:
+        what was decided, by name.
     """
     weights = [p for p in model.parameters() if p.ndim == 2]
     on_cpu = bool(weights) and all(p.device.type == "cpu" for p in weights)
-    float32 = on_cpu and weights[0].dtype == torch.float32
-    large = float32 and tokens >= MIN_TOKENS and tokens * max(p.numel() for p in weights) >= MIN_PRODUCT
+    products = _choose_products(weights, on_cpu, tokens, pinned() if onednn is None else onednn)
     with ExitStack() as settings:
+        memory = Decision(False, "not all of the model is on a CPU")
         if on_cpu:
             settings.enter_context(kept_memory())
-        if large and onednn_gain() >= MIN_GAIN:
+            memory = judge_memory()
+        if products.used:
             settings.enter_context(_matmul_precision("medium"))
+        yield {"kept memory": memory, "oneDNN": products}
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """While it is open, float32 products are as they were before `fast` changed them, if it did."""
+    with _matmul_precision("highest") if _ours else nullcontext():
         yield
 
 
+def pinned() -> bool | None:
+    """What the environment says about oneDNN, None if nothing."""
+    return {"0": False, "1": True}.get(os.environ.get(PIN, ""))
+
+
+def _choose_products(weights: list[nn.Parameter], on_cpu: bool, tokens: float, pin: bool | None) -> Decision:
+    """Whether oneDNN multiplies; a trial is made only where everything else speaks for it."""
+    if not on_cpu or weights[0].dtype != torch.float32:
+        return Decision(False, "for float32 on a CPU only")
+    largest = max(p.numel() for p in weights)
+    if tokens < MIN_TOKENS:
+        return Decision(False, f"{tokens:.0f} tokens at a time, needs {MIN_TOKENS}")
+    if tokens * largest < MIN_PRODUCT:
+        return Decision(False, f"{tokens * largest:.1e} multiplications in a product, needs {MIN_PRODUCT:.1e}")
+    if matmul_precision() == "medium" and _ours:
+        return Decision(True, "as in the block around")
+    if matmul_precision() != "highest":
+        return Decision(False, "you have set torch's precision of products")
+    return judge_products(pin)
+
+
+def judge_products(pin: bool | None) -> Decision:
+    """Whether this machine multiplies large float32 matrices by oneDNN, by a trial if no pin forbids it."""
+    if pin is False:
+        return Decision(False, "pinned")
+    if not torch.backends.mkldnn.is_available():
+        return Decision(False, "torch was built without it")
+    gain, error = onednn_trial()
+    if error > MAX_ERROR:
+        return Decision(False, f"{error:.0f} times the error of the default, {MAX_ERROR:.0f} are allowed")
+    if pin:
+        return Decision(True, f"pinned; {gain:.1f} times as fast")
+    needed = "" if gain >= MIN_GAIN else f", needs {MIN_GAIN}"
+    return Decision(gain >= MIN_GAIN, f"{gain:.{1 if not needed else 2}f} times as fast{needed}")
+
+
 @cache
-def onednn_gain() -> float:
-    """How many times faster oneDNN multiplies float32 matrices than the default, 0 if it is not as exact (or absent).
+def onednn_trial() -> tuple[float, float]:
+    """How many times as fast oneDNN multiplies float32 matrices as the default here, and how many times its error.
 
     torch calls oneDNN for float32 if the precision is "medium", which permits bfloat16 inside. Processors with matrix
-    units (AMX) use the permission and are refused here; others compute in float32 all the same.
+    units (AMX) use the permission, and show it in the error; others compute in float32 all the same.
     """
-    if matmul_precision() != "highest" or not torch.backends.mkldnn.is_available():
-        return 0.0
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(n, 576, generator=generator) for n in (384, 1536))
     exact, errors, seconds = x.double() @ W.double().T, {}, {}
@@ -62,10 +113,10 @@ def onednn_gain() -> float:
         with _matmul_precision(precision):
             errors[precision] = (x @ W.T - exact).norm().item()
             seconds[precision] = min(_seconds(lambda: x @ W.T) for _ in range(10))
-    return seconds["highest"] / seconds["medium"] if errors["medium"] <= 4 * errors["highest"] else 0.0
+    return seconds["highest"] / seconds["medium"], errors["medium"] / errors["highest"]
 
 
-def _seconds(work) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -80,11 +131,14 @@ def matmul_precision() -> str | None:
 
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
+    global _ours
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
+    _ours += 1
     try:
         yield
     finally:
+        _ours -= 1
         torch.set_float32_matmul_precision(before)
 
 
@@ -118,6 +172,11 @@ def kept_memory() -> Iterator[bool]:
 def available() -> bool:
     """True if `kept_memory` does something here."""
     return _glibc() is not None
+
+
+def judge_memory() -> Decision:
+    """The same, and why."""
+    return Decision(available(), "glibc's settings" if available() else "no glibc, or LORAKIT_MALLOC=0")
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.bases import is_watched
+from lorakit.speed.patching import patched_forwards
 
 MAX_BYTES = 1 << 30  # of kept activations
 
@@ -54,44 +55,50 @@ class Below:
         hidden = like.new_zeros(*shape, like.shape[-1])
         for key, (row, start, length) in zip(keys, spans, strict=True):
             hidden[row, start : start + length] = self.kept[key]
-        for block in self.blocks:
-            block.forward = lambda *_, **__: hidden
-        try:
+        with patched_forwards(dict.fromkeys(self.blocks, lambda *_, **__: hidden)):
             yield
-        finally:
-            for block in self.blocks:
-                del block.forward
 
 
-def below(model: nn.Module, trial: dict[str, Tensor], lengths: Sequence[int]) -> Below | None:
-    """Finds what can be skipped, None if that is nothing, would not be exact, or takes more than `MAX_BYTES`.
+def below(model: nn.Module, texts: Sequence[Sequence[int]]) -> tuple[Below | None, str]:
+    """Finds what can be skipped, None if that is nothing, would not be exact, or takes more than `MAX_BYTES`; and why.
 
     Exact means: the blocks answer two trials with different random states alike, and the model's logits with their
     kept answer are, bit for bit, those without. So dropout, hooks and whatever passes the blocks by rule it out.
 
     Args:
         model: in the mode in which it trains.
-        trial: a batch of one or more texts, padded on the right: input_ids and attention_mask.
-        lengths: of all texts whose answers would be kept, in tokens.
+        texts: token ids of all whose answers would be kept; it is tried on the two longest.
     """
     blocks = _frozen_blocks(model)
-    if not blocks or any(is_watched(module) for block in blocks for module in block.modules()):
-        return None
-    found = Below(blocks)
+    if not blocks:
+        return None, "the first block trains, or something outside of the blocks"
+    if any(is_watched(module) for block in blocks for module in block.modules()):
+        return None, "something in the frozen blocks has a hook or another forward"
+    found, trial = Below(blocks), _padded(sorted(texts, key=len)[-2:], next(model.parameters()).device)
     spans = [(row, 0, n) for row, n in enumerate(trial["attention_mask"].sum(1).tolist())]
     once, again = [[f"{name} {row}" for row, _, _ in spans] for name in ("once", "again")]
     try:
         _try(model, trial, found, once, spans, seed=0)
         full, skipping = (_try(model, trial, found, again, spans, seed=1) for _ in range(2))
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # no blocks of the usual kind
-        return None
+        return None, "the model does not run without the frozen blocks"
     if not torch.equal(full, skipping) or not all(
         torch.equal(found.kept[a], found.kept[b]) for a, b in zip(once, again, strict=True)
     ):
-        return None
+        return None, "the frozen blocks do not answer twice alike (dropout?), or are passed by"
     token = found.kept[once[0]][0]  # (d)
-    size = token.numel() * token.element_size() * sum(lengths)
-    return Below(blocks) if size <= MAX_BYTES else None
+    size = token.numel() * token.element_size() * sum(map(len, texts))
+    if size > MAX_BYTES:
+        return None, f"{size / 1e9:.2g} GB of activations, {MAX_BYTES / 1e9:.2g} are allowed"
+    return Below(blocks), f"{len(blocks)} frozen blocks, {size / 1e6:.2g} MB of activations"
+
+
+def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    ids, ones = ([torch.tensor(row) for row in rows] for rows in (texts, [[1] * len(text) for text in texts]))
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device),
+        "attention_mask": nn.utils.rnn.pad_sequence(ones, batch_first=True).to(device),
+    }
 
 
 def _frozen_blocks(model: nn.Module) -> list[nn.Module]:
@@ -109,7 +116,6 @@ def _frozen_blocks(model: nn.Module) -> list[nn.Module]:
 def _try(
     model: nn.Module, batch: dict[str, Tensor], found: Below, keys: list[str], spans: list[Span], seed: int
 ) -> Tensor:
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
     with torch.random.fork_rng(), found.batch(keys, spans, batch["input_ids"].shape):
         torch.manual_seed(seed)
-        return model(**inputs).logits[batch["attention_mask"].bool()]
+        return model(**batch).logits[batch["attention_mask"].bool()]

@@ -17,7 +17,7 @@ from typing import Any
 
 from lorakit._suggest import near_names
 from lorakit.tasks.facts import FIRST_NAMES, LAST_NAMES
-from lorakit.tasks.task import shuffled
+from lorakit.tasks.task import CHATML, ChatItem, Task, paired, shuffled
 
 LARGEST = {"train": 4000, "phrasings": 480, "kinds": 4000}  # messages a split; there are more that differ
 SPLITS = tuple(LARGEST)
@@ -117,7 +117,7 @@ NEW_KINDS = ("lesson", "rental")  # never in training
 
 
 @dataclass(frozen=True)
-class Message:
+class Message(ChatItem):
     """One item: the message and what it says, by field."""
 
     kind: str
@@ -130,23 +130,18 @@ class Message:
         return json.dumps(self.fields)
 
     @property
-    def prompt(self) -> str:
-        """What the model reads, in SmolLM2's chat format."""
-        return f"<|im_start|>user\nFields: {', '.join(self.fields)}\n{self.text}<|im_end|>\n<|im_start|>assistant\n"
-
-    @property
-    def completion(self) -> str:
-        """What the model must write."""
-        return f"{self.answer}<|im_end|>"
+    def asked(self) -> str:
+        """The user's turn: the names of the fields and the message."""
+        return f"Fields: {', '.join(self.fields)}\n{self.text}"
 
 
-def messages(split: str, n: int = 208, seed: int = 0) -> list[Message]:
+def messages(split: str, n: int | None = None, seed: int = 0) -> list[Message]:
     """Draws n different messages of a split, the kinds in turn.
 
     Args:
         split: "train"; "phrasings", known kinds in new words; "kinds", fields that training never asks for. Whatever
             the seeds, names, places and things of the test splits do not occur in train.
-        n: how many.
+        n: how many; None for 208.
         seed: other seeds draw others.
 
     Raises:
@@ -154,6 +149,7 @@ def messages(split: str, n: int = 208, seed: int = 0) -> list[Message]:
     """
     if split not in SPLITS:
         raise ValueError(f"expected a split of the extraction task, {near_names(split, SPLITS)}")
+    n = 208 if n is None else n
     if not 0 <= n <= LARGEST[split]:
         raise ValueError(f"expected n between 0 and {LARGEST[split]}, got {n}")
     rng = random.Random(f"extract/{split}/{seed}")
@@ -173,9 +169,7 @@ def same_records(items: Sequence[Message], answers: Sequence[str]) -> list[bool]
     Raises:
         ValueError: the lengths differ.
     """
-    if len(items) != len(answers):
-        raise ValueError(f"expected one answer an item, got {len(answers)} answers for {len(items)} items")
-    return [_typed(item.fields) == _typed(_parsed(text)) for item, text in zip(items, answers, strict=True)]
+    return [_typed(item.fields) == _typed(_parsed(text)) for item, text in paired(items, answers)]
 
 
 def _parsed(text: str) -> Any:
@@ -211,3 +205,6 @@ def _draw(kind: str, train: bool, rng: random.Random) -> Message:
     known = sentences[:4] if train or kind in NEW_KINDS else sentences[4:]
     text = re.sub(r"\{(\w+)\}", lambda match: str(chosen[match[1]]), known[int(rng.random() * len(known))])
     return Message(kind, text[:1].upper() + text[1:], chosen)
+
+
+EXTRACTION = Task("extraction", SPLITS, messages, same_records, CHATML)

@@ -14,10 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.tasks.task import shuffled
-from lorakit.training.batch import Example, encode
+from lorakit.tasks.task import Task, encoded, same_texts, shuffled
 from lorakit.training.evaluate import exact_match
-from lorakit.training.generate import greedy
 
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
 NEW_RELATION = "extension"
@@ -117,16 +115,9 @@ def swapped(items: Sequence[Fact]) -> list[Fact]:
     return [replace(item, digits=items[i - 1].digits) for i, item in enumerate(items)]
 
 
-def encoded(tokenizer: Any, items: Sequence[Fact]) -> list[Example]:
-    """The facts as `fit` and `exact_match` take them."""
-    return [encode(tokenizer, item.prompt, item.completion) for item in items]
-
-
 def answers(model: nn.Module, tokenizer: Any, items: Sequence[Fact]) -> list[str]:
     """What the model says to each question, to be compared with `item.answer`."""
-    return greedy(
-        model, tokenizer, [item.prompt for item in items], stop=EOS, max_new_tokens=6, batch_size=256, show=False
-    )
+    return FACTS.answers(model, tokenizer, items, max_new_tokens=6, batch_size=256, show=False)
 
 
 def recall(model: nn.Module, tokenizer: Any, items: Sequence[Fact]) -> float:
@@ -135,3 +126,10 @@ def recall(model: nn.Module, tokenizer: Any, items: Sequence[Fact]) -> float:
     Guessing scores 1 in 10,000. One forward pass: the same as comparing `answers`.
     """
     return sum(exact_match(model, encoded(tokenizer, items), batch_size=256, show=False)) / len(items)
+
+
+def _draw_split(split: str, n: int | None, seed: int) -> list[Fact]:
+    return facts(48 if n is None else n, seed) if split == "new" else known_facts(KNOWN if n is None else n)
+
+
+FACTS = Task("facts", ("new", "known"), _draw_split, same_texts, end=EOS)

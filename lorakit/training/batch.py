@@ -1,18 +1,16 @@
 """Texts as batches of tokens: padded to one length, or packed so that short ones share a row and nothing else."""
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
 PACKED = {"use_cache": False}  # with a cache, transformers' models take packed texts for one
 Batch = dict[str, Int[Tensor, "batch seq"]]
-_packable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,28 @@ class Example:
 
 
 def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
-    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only."""
+    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only.
+
+    Raises:
+        ValueError: the tokenizer gives words that it does not know the id of another token, or a completion holds words
+            that it does not know: a model would learn something else, and could look perfect at it.
+    """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    declared, unknown = getattr(tokenizer, "unk_token_id", None), _unknown_id(tokenizer)
+    if unknown in completion_ids or (unknown != declared and unknown in prompt_ids):
+        words = f"{prompt} {completion}".replace(tokenizer.decode([unknown]), " ").split()
+        strange = [w for w in dict.fromkeys(words) if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
+        if strange:  # the token may also stand in the text by its name
+            raise ValueError(f"expected words that the tokenizer knows, got {', '.join(map(repr, strange[:8]))}")
     return Example(prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids)
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for words without one; the tokenizer may give them another token's and not say so."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    token = getattr(model, "unk_token", None)
+    return getattr(tokenizer, "unk_token_id", None) if token is None else tokenizer.convert_tokens_to_ids(token)
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
@@ -65,7 +81,7 @@ def rows_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Packs examples into rows: input_ids, position_ids and labels, for models that are `packable`.
+    """Packs examples into rows: input_ids, position_ids and labels, for models that `speed.packing.packable` accepts.
 
     Positions begin at 0 with each text, which is how transformers' models learn where one ends; no text sees another.
     No row is longer than the longest text, so that packing never costs more than padding.
@@ -96,32 +112,3 @@ def spans(lengths: Sequence[int], packed: bool) -> list[tuple[int, int, int]]:
             places[i] = (row, start, lengths[i])
             start += lengths[i]
     return [places[i] for i in range(len(lengths))]
-
-
-@torch.no_grad()
-def packable(model: nn.Module) -> bool:
-    """Tries whether a model keeps packed texts apart; asked again, it remembers.
-
-    What stands before a text must not change a bit of the text's logits, and they must be those of the text alone.
-    """
-    if model not in _packable:
-        device, was_training = next(model.parameters()).device, model.training
-        first, other, text = ([3, 1, 2, 4, 1], [2, 4, 3, 1, 3], [1, 3, 2, 4, 2, 1])
-        places = torch.tensor([[*range(len(first)), *range(len(text))]], device=device)
-        model.eval()
-        try:
-            alone = model(input_ids=torch.tensor([text], device=device)).logits.float()
-            behind = [
-                model(
-                    input_ids=torch.tensor([before + text], device=device), position_ids=places, **PACKED
-                ).logits.float()
-                for before in (first, other)
-            ]
-            same = torch.equal(*(logits[:, len(first) :] for logits in behind))
-            error = ((behind[0][:, len(first) :] - alone).norm() / alone.norm()).item()
-            _packable[model] = same and error < (1e-4 if next(model.parameters()).dtype.itemsize >= 4 else 0.05)
-        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no position_ids, or not such ones
-            _packable[model] = False
-        finally:
-            model.train(was_training)
-    return _packable[model]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit._progress import Progress
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 from lorakit.training.batch import IGNORE, Example, collate
 from lorakit.training.generate import _in_batches
 from lorakit.training.loss import labelled_logits
@@ -16,7 +16,7 @@ from lorakit.training.loss import labelled_logits
 
 @torch.no_grad()
 def log_probabilities(
-    model: nn.Module, examples: Sequence[Example], batch_size: int = 32
+    model: nn.Module, examples: Sequence[Example], batch_size: int = 32, *, accelerate: bool = True
 ) -> Float[Tensor, "labelled vocab"]:
     """What the model expects at each labelled token, in nats and float32, examples in their order.
 
@@ -27,9 +27,10 @@ def log_probabilities(
     model.eval()
     try:
         found = []
-        for start in range(0, len(examples), batch_size):
-            logits, _ = labelled_logits(model, collate(examples[start : start + batch_size], device))
-            found.append(F.log_softmax(logits.float(), dim=-1))
+        with accelerated(model, batch_size * 16, on=accelerate):
+            for start in range(0, len(examples), batch_size):
+                logits, _ = labelled_logits(model, collate(examples[start : start + batch_size], device))
+                found.append(F.log_softmax(logits.float(), dim=-1))
         return torch.cat(found)
     finally:
         model.train(was_training)
@@ -46,7 +47,7 @@ def kl_divergence(p: Float[Tensor, "labelled vocab"], q: Float[Tensor, "labelled
 
 
 def exact_match(
-    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, show: bool = True
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, accelerate: bool = True, show: bool = True
 ) -> list[bool]:
     """Whether the model's first choice is right at every labelled token, given the true tokens before it.
 
@@ -57,17 +58,19 @@ def exact_match(
         model: a causal language model that returns `.logits`.
         examples: from `encode`.
         batch_size: examples at a time, padded on the right.
+        accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
         show: draw a progress bar.
 
     Returns:
         one truth value an example, in their order.
     """
-    return [exact for exact, _ in teacher_forced(model, examples, batch_size=batch_size, show=show)]
+    scored = teacher_forced(model, examples, batch_size=batch_size, accelerate=accelerate, show=show)
+    return [exact for exact, _ in scored]
 
 
 @torch.no_grad()
 def teacher_forced(
-    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, show: bool = True
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, accelerate: bool = True, show: bool = True
 ) -> list[tuple[bool, float]]:
     """For each example what `exact_match` says, and its completion's cross-entropy, in nats, all tokens together.
 
@@ -77,7 +80,10 @@ def teacher_forced(
     device = next(model.parameters()).device
     model.eval()
     try:
-        with fast(model, batch_size * 16), Progress(len(examples), "scoring", "example", show) as progress:
+        with (
+            accelerated(model, batch_size * 16, on=accelerate),
+            Progress(len(examples), "scoring", "example", show) as progress,
+        ):
             for batch in _in_batches([len(example.input_ids) for example in examples], batch_size):
                 inputs = collate([examples[i] for i in batch], device)
                 logits, targets = labelled_logits(model, inputs)

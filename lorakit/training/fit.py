@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._progress import Progress
-from lorakit.speed.activations import lean
-from lorakit.speed.cpu import fast
-from lorakit.speed.frozen_prefix import Below, below
-from lorakit.training.batch import IGNORE, Example, collate, pack, packable, rows_of, spans
+from lorakit.speed.accelerated import Report, accelerated
+from lorakit.training.batch import IGNORE, Example, collate, pack, rows_of, spans
 from lorakit.training.loss import token_losses
 from lorakit.training.optim import loraplus_groups
-
-
-def linear_schedule(step: int, steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step: up from 0, then down to 0, as transformers' linear schedule."""
-    if step < warmup_steps:
-        return step / warmup_steps
-    return (steps - step) / max(1, steps - warmup_steps)
+from lorakit.training.recipe import Recipe, batches
 
 
 @dataclass
@@ -35,20 +26,15 @@ class History:
     tokens: list[int] = field(default_factory=list)  # in the batch, padding not counted
     seconds: list[float] = field(default_factory=list)  # wall time; a fair share of it, if several runs share a loop
     cpu_seconds: list[float] = field(default_factory=list)  # of all threads of this process
+    speed: dict[str, str] = field(default_factory=dict)  # each trick of `speed.accelerated`: used or not, and why
 
     def __str__(self) -> str:
+        used = [name for name, words in self.speed.items() if words.startswith("used")]
         return (
             f"{len(self.loss)} steps, {sum(self.tokens):,} tokens, loss {self.loss[0]:.3f} -> {self.loss[-1]:.3f}, "
             f"{sum(self.seconds):.0f} s ({sum(self.cpu_seconds):.0f} CPU-seconds)"
+            + (f", with {', '.join(used)}" if used else "")
         )
-
-
-def batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Indices of each step's batch: a seeded shuffle of all examples an epoch, epochs joined without a gap."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = math.ceil(steps * batch_size / n)
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)]).tolist()
-    return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
 
 
 @dataclass
@@ -67,48 +53,48 @@ class Run:
 def fit(
     model: nn.Module,
     examples: Sequence[Example],
+    recipe: Recipe | None = None,
     *,
-    steps: int,
-    batch_size: int = 8,
     lr: float = 2e-3,
-    warmup: float = 0.1,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
     loraplus_ratio: float = 1.0,
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     after_step: Callable[[int], object] | None = None,
     seed: int = 0,
+    accelerate: bool = True,
     show: bool = True,
+    **numbers: Any,
 ) -> History:
     """Trains the parameters that require a gradient, with AdamW if nothing else is asked for, in place.
 
+        fit(model, examples, steps=44, lr=3e-3)                     fit(model, examples, Recipe(steps=44), lr=3e-3)
+
     Args:
         model: a causal language model: called with input_ids and attention_mask, it returns `.logits`.
-        examples: from `encode`; they are reused, freshly shuffled, when `steps` needs more than there are.
-        steps: optimiser steps.
-        batch_size: examples a step.
-        lr: peak learning rate; it rises from 0 over the first `warmup` of the steps and falls linearly to 0.
-        warmup: share of the steps, in [0, 1).
-        weight_decay: AdamW's.
-        clip: largest norm of all gradients together; `math.inf` for none.
+        examples: from `encode`; they are reused, freshly shuffled, when the steps need more than there are.
+        recipe: steps, batch size, warm-up, weight decay, clipping; or give its numbers by name.
+        lr: peak learning rate.
         loraplus_ratio: rate of every adapter's B, as a multiple of `lr` (LoRA+, see `loraplus_groups`); 1 for LoRA.
         optimizer: called with the parameter groups, each with its `lr`, such as `torch.optim.SGD`; it sets its own
             weight decay. None for torch's AdamW.
         after_step: called with the number of steps done after each one, such as to save a checkpoint; what it raises
             ends the training.
         seed: of the data's order and of dropout; the global random state is left as it was.
+        accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
         show: draw a progress bar.
+        numbers: those of a `Recipe`: steps, batch_size, warmup, weight_decay, clip.
 
     Returns:
-        loss, learning rate, tokens and times of each step. The model is left in the mode it was in.
+        loss, learning rate, tokens and times of each step, and what made it faster. The model keeps the mode it was in.
 
     Raises:
-        ValueError: nothing requires a gradient, no examples, or an example longer than the model's context.
+        ValueError: nothing requires a gradient, no examples, a number out of range, or an example longer than the
+            model's context.
         FloatingPointError: the loss or a gradient is NaN or infinite. The model keeps the last finite weights.
     """
+    recipe = Recipe.of(recipe, numbers)
     groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
     run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
-    train(model, [run], steps, batch_size, warmup, weight_decay, clip, show, optimizer, after_step)
+    train(model, [run], recipe, accelerate, show, optimizer, after_step)
     if run.error:
         raise FloatingPointError(run.error)
     return run.history
@@ -117,11 +103,8 @@ def fit(
 def train(
     model: nn.Module,
     runs: Sequence[Run],
-    steps: int,
-    batch_size: int,
-    warmup: float,
-    weight_decay: float,
-    clip: float,
+    recipe: Recipe,
+    accelerate: bool,
     show: bool,
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     after_step: Callable[[int], object] | None = None,
@@ -132,35 +115,33 @@ def train(
     clipping. One that diverges stops, with the reason in its `error` and its last finite weights; the others go on.
     """
     for run in runs:
-        _check(model, run, steps, batch_size, warmup)
-    device = runs[0].params[0].device
+        _check(model, run)
+    device, steps, size = runs[0].params[0].device, recipe.steps, recipe.batch_size
     groups = [group for run in runs for group in run.groups or [{"params": run.params, "lr": run.lr}]]
-    fused = {"weight_decay": weight_decay, "fused": device.type in ("cpu", "cuda")}
+    fused = {"weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
     optimizer = make(groups) if make else torch.optim.AdamW(groups, **fused)
-    warmup_steps = math.ceil(steps * warmup)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup_steps))
-    orders = [batches(len(run.examples), batch_size, steps, run.seed) for run in runs]
-    tokens = batch_size * sum(sum(len(text.input_ids) for text in run.examples) / len(run.examples) for run in runs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.share)
+    orders = [batches(len(run.examples), size, steps, run.seed) for run in runs]
+    tokens = size * sum(sum(len(text.input_ids) for text in run.examples) / len(run.examples) for run in runs)
+    repeats = len(runs) == 1 and steps * size > len(runs[0].examples)
+    again = [text.input_ids for text in runs[0].examples] if repeats else ()
     was_training = model.training
     model.train()
     try:
-        repeats = len(runs) == 1 and steps * batch_size > len(runs[0].examples)
-        frozen = _frozen_prefix(model, runs[0].examples) if repeats else None
         with (
             torch.random.fork_rng(),
-            fast(model, tokens),
-            lean(model),
+            accelerated(model, tokens, trains=True, texts=again, on=accelerate) as speed,
             Progress(steps, "training", show=show) as progress,
         ):
             torch.manual_seed(runs[0].seed)
             for step in range(steps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
-                losses = _losses(model, chosen, device, frozen, orders[0][step])
+                losses = _losses(model, chosen, device, speed, orders[0][step])
                 sum(losses).backward()
-                share = linear_schedule(step, steps, warmup_steps)
+                share = recipe.share(step)
                 for run, loss in zip(runs, losses, strict=True):
-                    _clip(run, loss, step, clip)
+                    _clip(run, loss, step, recipe.clip)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -180,28 +161,23 @@ def train(
                 if after_step:
                     after_step(step + 1)
                 progress.update(1, f"loss {sum(going) / len(going):.3f}")
+            for run in runs:
+                run.history.speed = speed.words()
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
 
 
-def _frozen_prefix(model: nn.Module, examples: Sequence[Example]) -> Below | None:
-    """What need not be computed again for texts that come again; tried on the two longest."""
-    longest = sorted(examples, key=lambda text: len(text.input_ids))[-2:]
-    trial = collate(longest, next(model.parameters()).device)
-    return below(model, trial, [len(text.input_ids) for text in examples])
-
-
 def _losses(
-    model: nn.Module, chosen: list[list[Example]], device: torch.device, frozen: Below | None, indices: list[int]
+    model: nn.Module, chosen: list[list[Example]], device: torch.device, speed: Report, indices: list[int]
 ) -> list[Tensor]:
     """The mean loss of each run's texts, from one forward pass."""
     texts = [text for some in chosen for text in some]
     lengths = [len(text.input_ids) for text in texts]
-    packed = len(chosen) == 1 and len(rows_of(lengths)) < len(texts) and packable(model)
+    packed = len(chosen) == 1 and len(rows_of(lengths)) < len(texts) and speed.packs()
     batch = (pack if packed else collate)(texts, device)
     counts = [sum(label != IGNORE for text in some for label in text.labels[1:]) for some in chosen]
-    with frozen.batch(indices, spans(lengths, packed), batch["input_ids"].shape) if frozen else nullcontext():
+    with speed.known(indices, spans(lengths, packed), batch["input_ids"].shape):
         return [part.mean() for part in token_losses(model, batch).split(counts)]
 
 
@@ -227,15 +203,13 @@ def _note(history: History, loss: float, lr: float, tokens: int, seconds: float,
     history.cpu_seconds.append(cpu_seconds)
 
 
-def _check(model: nn.Module, run: Run, steps: int, batch_size: int, warmup: float) -> None:
+def _check(model: nn.Module, run: Run) -> None:
     if not run.params:
         raise ValueError("expected parameters that require a gradient, got none: inject() adapters first")
     if not run.examples:
         raise ValueError("expected at least one example, got none")
-    if steps < 1 or batch_size < 1 or not 0 <= warmup < 1 or not (run.lr > 0 and math.isfinite(run.lr)):
-        raise ValueError(
-            f"expected steps, batch_size >= 1, lr > 0, 0 <= warmup < 1, got {(steps, batch_size, run.lr, warmup)}"
-        )
+    if not (run.lr > 0 and math.isfinite(run.lr)):
+        raise ValueError(f"expected a finite lr > 0, got {run.lr}")
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(len(example.input_ids) for example in run.examples)
     if context is not None and longest > context:

@@ -1,30 +1,30 @@
 """Train many adapters at once over one frozen model: the same runs as one by one, in a fraction of the time."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
-from lorakit.models.inject import Count, adapters, check_plain, inject, replace, wrap
+from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
 from lorakit.training.batch import Example
 from lorakit.training.fit import History, Run, train
+from lorakit.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one adapter is and how it learns; the fields are those of `inject` and `fit`."""
+    """What one adapter is and how it learns."""
 
-    rank: int
-    alpha: float
+    config: LoRAConfig  # of plain LoRA without dropout
     lr: float
     seed: int = 0  # of the start of A and of the data's order
-    targets: str | tuple[str, ...] = "all-linear"
-    scaling: str | Callable[[float, int], float] = "lora"
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Fitted:
     layers: dict[str, LoRALinear]  # by the name of the layer that each wraps
     error: str  # why it stopped before the end, "" if it did not
 
-    def attach(self, model: nn.Module) -> Count:
-        """Puts the adapter into its model, as `inject` and `fit` would have left it; `remove` takes it out.
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Puts the adapter into its model, as `inject` and `fit` would have left it, and returns the model.
 
         Raises:
             ValueError: the model carries adapters, or is not the one that it was trained on.
@@ -52,27 +52,26 @@ def fit_many(
     model: nn.Module,
     examples: Sequence[Example] | Sequence[Sequence[Example]],
     specs: Iterable[Spec],
+    recipe: Recipe | None = None,
     *,
-    steps: int,
-    batch_size: int = 8,
-    warmup: float = 0.1,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
+    accelerate: bool = True,
     show: bool = True,
+    **numbers: Any,
 ) -> list[Fitted]:
     """Trains an adapter for every spec, all at once, on one frozen model.
 
-    Each is what `torch.manual_seed(seed)`, `inject(...)` and `fit(..., lr=lr, seed=seed)` would have made of it: the
-    gradients agree to rounding, which training amplifies at large learning rates. It pays for small models, whose steps
-    are overhead; a large one takes as long as one by one, and the memory of all. Dropout of the base draws other masks.
+    Each is what `torch.manual_seed(seed)`, `inject(model, config)` and `fit(..., lr=lr, seed=seed)` would have made of
+    it: the gradients agree to rounding, which training amplifies at large learning rates. It pays for small models,
+    whose steps are overhead; a large one takes as long as one by one, and the memory of all. Dropout of the base draws
+    other masks.
 
     Args:
         model: a plain model; it is plain again afterwards, with the same weights.
         examples: for all; or a list of lists, the examples of each spec.
         specs: the adapters.
-        steps: optimiser steps of each.
-        batch_size: examples a step of each.
-        warmup, weight_decay, clip, show: as in `fit`; gradients are clipped adapter by adapter.
+        recipe: for each; or give its numbers by name.
+        accelerate, show: as in `fit`.
+        numbers: those of a `Recipe`, as in `fit`; gradients are clipped adapter by adapter.
 
     Returns:
         a `Fitted` for each spec, in their order. One that diverged says so in `error`, and does not disturb the others.
@@ -80,7 +79,7 @@ def fit_many(
     Raises:
         ValueError: as `inject` and `fit`; or a layer does not see every token in order, as in a mixture of experts.
     """
-    specs = list(specs)
+    specs, recipe = list(specs), Recipe.of(recipe, numbers)
     own = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
@@ -97,7 +96,7 @@ def fit_many(
             for layers, texts, spec in zip(made, own, specs, strict=True)
         ]
         with _counting(model, stacks.values()):
-            train(model, runs, steps, batch_size, warmup, weight_decay, clip, show)
+            train(model, runs, recipe, accelerate, show)
     finally:
         replace(model, {module: module.base for module in model.modules() if isinstance(module, LoRAStack)})
         for parameter, grad in grads.items():
@@ -111,7 +110,7 @@ def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
     """The adapters that `inject` makes with this seed, taken out of the model again."""
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        inject(model, spec.rank, spec.alpha, spec.targets, scaling=spec.scaling)
+        inject(model, spec.config)
     layers = adapters(model)
     remove(model)
     return layers

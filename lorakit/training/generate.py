@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit._progress import Progress
-from lorakit.speed.attention import attention
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 
 
 def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -30,9 +29,10 @@ def greedy(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    stop: str = "<|im_end|>",
+    stop: str | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 64,
+    accelerate: bool = True,
     show: bool = True,
 ) -> list[str]:
     """The most likely continuation of each prompt, token by token, up to `stop` (left out of the answer).
@@ -41,16 +41,18 @@ def greedy(
         model: a transformers model with `generate`.
         tokenizer: its tokenizer; prompts are tokenised as they are, without added special tokens.
         prompts: texts.
-        stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too.
+        stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too, and alone if this is None
+            (SmolLM2's is the end of a turn; another model's need not be: `ChatFormat.of(tokenizer).end`).
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time, padded on the left.
+        accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
         show: draw a progress bar.
 
     Returns:
         one answer a prompt, in their order.
     """
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    stop_ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
+    stop_ids = tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
     ends = {tokenizer.eos_token_id, stop_ids[0] if len(stop_ids) == 1 else None} - {None}
     settings = {
         "do_sample": False,
@@ -65,18 +67,21 @@ def greedy(
     answers, was_training = [""] * len(ids), model.training
     model.eval()
     try:
-        with fast(model, batch_size), Progress(len(ids), "generating", "answer", show) as progress:
+        with (
+            accelerated(model, batch_size, on=accelerate),
+            Progress(len(ids), "generating", "answer", show) as progress,
+        ):
             for batch in _in_batches([len(row) for row in ids], batch_size):
                 longest = len(ids[batch[0]])
                 pads = [longest - len(ids[i]) for i in batch]
                 tokens = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)])
                 mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
                 inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
-                with attention(longest, model.device, model.dtype):
-                    output = model.generate(**inputs, **settings)
+                output = model.generate(**inputs, **settings)
                 for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                     end = next((k for k, token in enumerate(row) if token in ends), len(row))
-                    answers[i] = tokenizer.decode(row[:end]).split(stop)[0]
+                    text = tokenizer.decode(row[:end])
+                    answers[i] = text.split(stop)[0] if stop else text
                 progress.update(len(batch))
     finally:
         model.train(was_training)

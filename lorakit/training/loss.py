@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.layers.bases import frozen_weight
-from lorakit.speed.attention import attention
+from lorakit.layers.bases import frozen_weight, linear_shape
 from lorakit.training.batch import IGNORE, PACKED, Batch
 
 CHUNK = 128  # tokens whose logits exist at a time
-_logits_are_the_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_not_last: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # heads whose output a model was seen to change
 
 
 def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "labelled vocab"], Int[Tensor, " labelled"]]:
@@ -37,30 +36,45 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
     """The cross-entropy, in nats, of each labelled token, given the tokens before it, row by row.
 
     Where the output head is a frozen linear layer and its output is the model's, the logits of `CHUNK` tokens exist at
-    a time, and each chunk's gradient is computed as soon as its logits are. Otherwise as the formula says.
+    a time, and each chunk's gradient is computed as soon as its logits are. Otherwise as the formula says: for models
+    that scale the logits, or cap them. Every pass shows which it is, by what the model makes of an output of the head
+    that stands for the logits; a head that was changed once is left to the formula for good.
     """
-    head, seen = _head(model), []
-    frozen = head is not None and frozen_weight(head, next(head.parameters(), batch["labels"])) is not None
-    if not frozen or not _is_last(model, head, batch):
-        logits, targets = labelled_logits(model, batch)
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+    head = _head(model)
+    if head is None or head in _not_last or frozen_weight(head, next(head.parameters(), batch["labels"])) is None:
+        return _formula(model, batch)
     before, targets = _labelled(batch)
+    losses, hooks, state = [], [], torch.get_rng_state()
+    sign = torch.linspace(-60, 60, linear_shape(head)[0], device=batch["labels"].device)[None, None]
 
     def shorten(_, args):
-        hook.remove()
+        hooks.pop().remove()
         hidden = args[0][before]  # (labelled, d)
         W = frozen_weight(head, hidden)  # asked here: a wrapper may have changed the weight for this pass
         if W is None:
             return (hidden.unsqueeze(0),)
-        seen.append(_TokenLosses.apply(hidden, W, getattr(head, "bias", None), targets))
+        losses.append(_TokenLosses.apply(hidden, W, getattr(head, "bias", None), targets))
+        hooks.append(head.register_forward_hook(lambda _, __, output: sign.to(output.dtype)))
         return (hidden[:0].unsqueeze(0),)  # the head has nothing to do
 
-    hook = head.register_forward_pre_hook(shorten)
+    hooks.append(head.register_forward_pre_hook(shorten))
     try:
         logits = _forward(model, batch)
     finally:
-        hook.remove()
-    return seen[0] if seen else F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")
+        for hook in hooks:
+            hook.remove()
+    if not losses:
+        return F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")
+    if torch.equal(logits.float(), sign.to(logits.dtype).float()):
+        return losses[0]
+    _not_last.add(head)
+    torch.set_rng_state(state)  # dropout must not notice
+    return _formula(model, batch)
+
+
+def _formula(model: nn.Module, batch: Batch) -> Tensor:
+    logits, targets = labelled_logits(model, batch)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def completion_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
@@ -110,21 +124,4 @@ def _head(model: nn.Module) -> nn.Module | None:
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {name: values for name, values in batch.items() if name != "labels"}
     inputs |= PACKED if "position_ids" in batch else {}
-    like = next(model.parameters())
-    with attention(batch["input_ids"].shape[1], like.device, like.dtype):
-        return model(**inputs).logits
-
-
-@torch.no_grad()
-def _is_last(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
-    """Tries, once a head, whether the model returns what its head does: some scale the logits, or cap them."""
-    if head not in _logits_are_the_heads:
-        seen = []
-        hook = head.register_forward_hook(lambda _, __, output: seen.append(output))
-        try:
-            with torch.random.fork_rng():  # dropout must not notice
-                logits = model(input_ids=batch["input_ids"][:, :2]).logits
-        finally:
-            hook.remove()
-        _logits_are_the_heads[head] = len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
-    return _logits_are_the_heads[head]
+    return model(**inputs).logits

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.layers.lora import LoRALinear
+from lorakit.models.inject import adapters
 
 
 def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[di
     """
     if not 0 < ratio < float("inf"):
         raise ValueError(f"expected a finite ratio > 0, got {ratio!r}")
-    ours = {id(layer.B) for layer in model.modules() if isinstance(layer, LoRALinear)}
+    ours = {id(getattr(layer, "B", None)) for layer in adapters(model).values()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if id(p) in ours or ".lora_B." in name]
     if not fast:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakit.training.batch import Example, collate
-from lorakit.training.fit import batches, linear_schedule
+from lorakit.training.recipe import batches, linear_schedule
 
 
 def plain_loop(

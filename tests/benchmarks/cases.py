@@ -183,7 +183,7 @@ def dora_layer(arm):
 def gradients():
     """The largest relative difference from PEFT's gradients, tensor by tensor, float32."""
     (theirs, tokenizer), (ours, _) = peft_model(), our_model()
-    items = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in lorakit.load_sql("train")[:8]]
+    items = lorakit.SQL.encode(tokenizer, lorakit.load_sql("train")[:8])
     generator = torch.Generator().manual_seed(1)
     pairs = []
     for name, layer in lorakit.adapters(ours).items():
@@ -226,7 +226,7 @@ def training():
         for arm in ("TRL SFTTrainer", "PEFT, plain loop", "lorakit, float32", "lorakit, bfloat16"):
             dtype = DTYPES["bfloat16" if "bfloat16" in arm else "float32"]
             model, tokenizer = (our_model if "lorakit" in arm else peft_model)(dtype, seed=seed)
-            items = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in split]
+            items = lorakit.SQL.encode(tokenizer, split)
             if "TRL" in arm:
                 folder = tempfile.mkdtemp()
                 trainer = sft(model, tokenizer, split, seed, folder)
@@ -236,7 +236,7 @@ def training():
                 took = seconds(lambda m=model, i=items, s=seed: plain_loop(m, i, **SQL, seed=s))
             else:
                 took = seconds(lambda m=model, i=items, s=seed: lorakit.fit(m, i, **SQL, seed=s, show=False))
-            test = [lorakit.encode(tokenizer, i.prompt, i.completion) for i in lorakit.load_sql("tables")[:208]]
+            test = lorakit.SQL.encode(tokenizer, lorakit.load_sql("tables")[:208])
             times.setdefault(arm, []).append(took)
             right.setdefault(arm, []).append(sum(lorakit.exact_match(model, test, show=False)) / len(test))
             print(f"    seed {seed}, {arm}: {took:.1f} s, {right[arm][-1]:.1%}", flush=True)
@@ -249,7 +249,9 @@ def training():
 
 def many():
     """Eight adapters of the tiny base at once, against PEFT one by one; ranks 1 to 16, 60 steps each."""
-    specs = [Spec(rank, 2 * rank, 1e-3, seed=i) for i, rank in enumerate((1, 2, 4, 4, 8, 8, 16, 16))]
+    specs = [
+        Spec(lorakit.LoRAConfig(rank, 2 * rank), 1e-3, seed=i) for i, rank in enumerate((1, 2, 4, 4, 8, 8, 16, 16))
+    ]
     model, tokenizer = lorakit.load_model("tiny")
     items = encoded(tokenizer, facts(48, 1))
 

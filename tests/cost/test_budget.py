@@ -84,6 +84,7 @@ def test_parameters_and_weights_are_the_real_models(name, dtype):
     assert found.gradient_bytes == found.checkpoint_bytes == sizes_of(model.parameters())
 
 
+@pytest.mark.long
 @each_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_are_pefts(name, dtype):
@@ -337,16 +338,16 @@ def test_a_config_is_found_wherever_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "llama-2-70"}, "expected a model's name.*got 'llama-2-70'; near names: llama-2-70b"),
-        ({"model": "xyz"}, "near names: smollm2, tiny, llama-65b"),
-        ({"method": "qlra"}, "expected a method, got 'qlra'; near names: qlora, lora"),
-        ({"dtype": "float8"}, "expected a dtype, got 'float8'; near names: float32"),
+        ({"model": "llama-2-70"}, "expected a model's name.*got 'llama-2-70'; near: llama-2-70b"),
+        ({"model": "xyz"}, "known: smollm2, tiny, llama-65b"),
+        ({"method": "qlra"}, "expected a method, got 'qlra'; near: qlora, lora"),
+        ({"dtype": "float8"}, "expected a dtype, got 'float8'; near: float32"),
         ({"dtype": torch.float64}, "expected a dtype, got 'float64'"),
-        ({"optimizer": "adam"}, "expected an optimizer, got 'adam'; near names: adamw"),
+        ({"optimizer": "adam"}, "expected an optimizer, got 'adam'; near: adamw"),
         ({"tokens": 65}, "expected batch_size >= 1 and 1 <= tokens <= 64, got 8 and 65"),
         ({"batch_size": 0}, "expected batch_size >= 1"),
         ({"rank": 0}, "expected an integer rank >= 1, got 0"),
-        ({"targets": ["q_prj"]}, "got 'q_prj'; near names: q_proj"),
+        ({"targets": ["q_prj"]}, "got 'q_prj'; near.*: q_proj"),
         ({"model": transformers.ViTConfig()}, "expected a causal language model, got 'vit'"),
     ],
 )
@@ -366,6 +367,7 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         budget("nobody/nothing")
 
 
+@pytest.mark.long
 def test_the_command_prints_a_column_for_each_method(capfd):
     assert cli.main(["budget", "tiny", "--tokens", "8", "--rank", "2"]) == 0
     text, errors = capfd.readouterr()

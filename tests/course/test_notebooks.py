@@ -1,4 +1,4 @@
-"""The laws of a lesson, and each lesson run with the smoke profile; `make test` also replays committed outputs."""
+"""The laws of a lesson, and each lesson run on a tiny model; `make test` also replays committed outputs."""
 
 import copy
 import re
@@ -7,6 +7,7 @@ from statistics import median
 
 import nbformat
 import pytest
+from helpers.tiny_llama import save_tiny_llama
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lorakit.course import lessons, outputs
@@ -15,14 +16,24 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 PROFILES = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
 TAGS = {"parameters", "headline", "nbval-ignore-output"}
-SMOKE_SECONDS = 600.0  # finds what does not end; how long a lesson takes depends on the machine
+SMOKE_SECONDS = 300.0  # finds what does not end; how long a lesson takes depends on the machine
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.mark.slow
 @each_lesson
-def test_a_lesson_runs_with_the_smoke_profile(path, tmp_path):
-    result = lessons.run_lesson(path, lessons.lesson_parameters(path, "smoke", {}), tmp_path / path.name)
+def test_a_lesson_runs_on_a_tiny_model_with_other_settings(path, tiny_llama, tmp_path):
+    defaults = lessons.default_parameters(nbformat.read(path, as_version=4))
+    others = {"model_name": str(tiny_llama), "rank": 64, "seed": 7}
+    if defaults["model_name"] == "tiny":
+        del others["model_name"]
+    others = {name: value for name, value in others.items() if name in defaults}
+    result = lessons.run_lesson(path, lessons.lesson_parameters(path, "smoke", others), tmp_path / path.name)
     assert not result.error
     assert result.wall_seconds < SMOKE_SECONDS
 
@@ -107,6 +118,11 @@ def a_headline_is_printed(nb):
     assert outputs.headline(nb)
 
 
+def conclusions_are_claimed_at_the_defaults(nb):
+    texts = [outputs.output_text(output) for cell in code_cells(nb) for output in cell.outputs]
+    assert "with these settings:" not in "\n".join(texts), "an `expect` that only says whether it holds"
+
+
 def nothing_is_left_to_do(nb):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", "\n".join(cell.source for cell in nb.cells))
 
@@ -121,6 +137,7 @@ LAWS = [
     images_are_local,
     a_lesson_has_its_parts,
     a_headline_is_printed,
+    conclusions_are_claimed_at_the_defaults,
     nothing_is_left_to_do,
 ]
 
@@ -189,6 +206,7 @@ BREAKS = [
     (a_lesson_has_its_parts, source(0, "# Title")),
     (a_lesson_has_its_parts, source(2, "## What we found\n## A\n## B\n## C")),
     (a_headline_is_printed, lambda nb: nb.cells[3].outputs.clear()),
+    (conclusions_are_claimed_at_the_defaults, said(3, "holds with these settings: ranks differ")),
     (nothing_is_left_to_do, source(2, "TO" + "DO: write this")),
 ]
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.texts import TOKENIZER
 
 from lorakit.experiments import ablation
 from lorakit.experiments.plan import load_plan
@@ -13,14 +14,17 @@ from lorakit.experiments.sweep import sweep
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
 from lorakit.tasks.facts import encoded, facts, recall
+from lorakit.tasks.sql.task import sql_task
 from lorakit.training.batch import collate
 from lorakit.training.evaluate import exact_match, teacher_forced
 from lorakit.training.fit import fit
 from lorakit.training.loss import completion_loss
 
+TASK = sql_task(2)
 SHORT = {"task": "facts", "n": 16, "steps": 40, "batch_size": 8, "rank": 4, "alpha": "2r", "lr": 5e-3, "seed": 1}
 
 
+@pytest.mark.long
 def test_together_is_as_one_by_one():
     settings = expand([SHORT | {"rank": [2, 4], "seed": [0, 1]}, SHORT | {"targets": [["q_proj", "v_proj"]]}])
     together, single = ablation.runs(settings), [ablation.run(**setting) for setting in settings]
@@ -51,6 +55,7 @@ def test_the_random_state_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [
@@ -60,7 +65,7 @@ def test_the_random_state_is_left_alone():
         {"optimizer": "sgd-momentum", "lr": 0.1},
         {"optimizer": "adamw-8bit-all"},
         {"loraplus_ratio": 4.0},
-        {"scaling": "rslora"},
+        {"scale_rule": "rslora"},
         {"targets": "q_proj"},
     ],
     ids=lambda more: next(iter(more.values())),
@@ -71,6 +76,7 @@ def test_every_setting_makes_a_difference_and_learns(more):
     assert other["loss"] < 0.9 * untaught["loss"]
 
 
+@pytest.mark.long
 def test_bitsandbytes_leaves_small_matrices_in_32_bit():
     """The default of 4,096 numbers is more than any matrix of a small adapter has: nothing is stored in 8 bit."""
     usual, default, forced = (ablation.run(**SHORT | {"optimizer": name}) for name in list(ablation.OPTIMIZERS)[:3])
@@ -105,6 +111,7 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.long
 def test_a_folder_of_prompts_and_completions_is_a_task(tmp_path):
     rows = [{"prompt": fact.prompt, "completion": fact.completion} for fact in facts(16, 1)]
     write_lines(tmp_path / "train.jsonl", rows)
@@ -119,9 +126,17 @@ def test_a_folder_of_prompts_and_completions_is_a_task(tmp_path):
 
 
 def test_the_sql_task_has_its_level():
-    model = load_model("tiny")[1]
-    train, test = ablation.examples(ablation.Setting(task="sql", level=2, n=20), model)
+    train, test = ablation.examples(ablation.Setting(task="sql", level=2, n=20), TOKENIZER)
     assert (len(train), len(test)) == (20, ablation.TESTED)
+    assert train[0] in TASK.encode(TOKENIZER, TASK.items("train"))
+
+
+def test_a_task_in_words_that_the_base_does_not_know_is_refused(tmp_path):
+    """Each would be three padding tokens, and "correct 1.0" for every rank."""
+    write_lines(tmp_path / "train.jsonl", [{"prompt": "what colour ?", "completion": " deep blue"}] * 8)
+    write_lines(tmp_path / "test.jsonl", [{"prompt": "room of ada hopper ?", "completion": " 1 2 3 4"}])
+    with pytest.raises(ValueError, match="words that the tokenizer knows, got 'what', 'colour', 'deep', 'blue'"):
+        ablation.run(**SHORT | {"task": str(tmp_path), "n": 0})
 
 
 def test_teacher_forcing_gives_the_loss_of_each_example():

@@ -179,6 +179,7 @@ def test_another_plan_or_base_does_not_mix(tmp_path, monkeypatch):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_killed_process_loses_one_run_at_most(tmp_path):
     code = f"""
 from lorakit.experiments.intrinsic import Plan, record

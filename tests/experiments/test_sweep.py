@@ -223,6 +223,7 @@ def test_several_plans_are_made_anew_elsewhere_at_a_known_cost(tmp_path, capsys)
     assert not (tmp_path / "late").exists()
 
 
+@pytest.mark.long
 def test_a_plan_may_take_runs_together_and_in_processes(tmp_path):
     plan = write_plan(
         tmp_path,

@@ -39,6 +39,8 @@ CONFIGS = {
     "bert": lambda: tf.BertConfig(**TINY),
     "t5": lambda: tf.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4),
 }
+# three for tests that are not about architectures: heads of another width, GPT-2's Conv1D, biases and tied weights
+DIVERSE = ("gemma2", "gpt2", "llama-biased-tied")
 AUTO = {"bert": tf.AutoModelForMaskedLM, "t5": tf.AutoModelForSeq2SeqLM}
 
 

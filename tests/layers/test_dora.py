@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.architectures import CONFIGS, build, logits_of
+from helpers.architectures import DIVERSE, build, logits_of
 from helpers.four_bits import by_bitsandbytes, plain
 from helpers.parity import gradients, peft_model, relative
 from torch import nn
@@ -46,17 +46,17 @@ def worst(mine, yours):
     return max(relative(mine[key], yours[key]) for key in mine)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", DIVERSE)
 def test_a_fresh_adapter_changes_nothing(name):
     base = build(name)
     assert torch.equal(logits_of(adapted(base), name), logits_of(base, name))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-@pytest.mark.parametrize("scaling", ["lora", "rslora"])
-def test_logits_gradients_and_merged_weights_are_those_of_peft(name, scaling, tmp_path):
+@pytest.mark.parametrize("name", DIVERSE)
+@pytest.mark.parametrize("scale_rule", ["lora", "rslora"])
+def test_logits_gradients_and_merged_weights_are_those_of_peft(name, scale_rule, tmp_path):
     base = build(name)
-    ours = adapted(base, scaling=scaling)
+    ours = adapted(base, scale_rule=scale_rule)
     randomise(ours)
     theirs = in_peft(base, lorakit.save_adapter(ours, tmp_path))
     torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-5, atol=2e-6)

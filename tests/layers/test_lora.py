@@ -24,8 +24,8 @@ def layers(draw, dtypes=(torch.float32, torch.float64)):
     base = Conv1D(d_out, d_in) if draw(st.booleans()) else nn.Linear(d_in, d_out, bias=draw(st.booleans()))
     if isinstance(base, Conv1D):
         nn.init.normal_(base.bias)
-    alpha, scaling = draw(st.floats(0.1, 64)), draw(st.sampled_from(["lora", "rslora", lambda a, r: a / r**2]))
-    layer = LoRALinear(base.to(dtype), rank, alpha, scaling=scaling)
+    alpha, scale_rule = draw(st.floats(0.1, 64)), draw(st.sampled_from(["lora", "rslora", lambda a, r: a / r**2]))
+    layer = LoRALinear(base.to(dtype), rank, alpha, scale_rule=scale_rule)
     nn.init.normal_(layer.B, std=0.1)
     leading = draw(st.sampled_from([(), (3,), (2, 3), (0,)]))
     return layer, torch.randn(*leading, d_in, dtype=dtype)
@@ -108,8 +108,8 @@ def test_gradients_are_the_derivatives(case):
 def test_scales():
     base = nn.Linear(8, 8)
     assert LoRALinear(base, 4, 8).scale == 2
-    assert LoRALinear(base, 4, 8, scaling="rslora").scale == 4
-    assert LoRALinear(base, 4, 8, scaling=lambda alpha, rank: alpha + rank).scale == 12
+    assert LoRALinear(base, 4, 8, scale_rule="rslora").scale == 4
+    assert LoRALinear(base, 4, 8, scale_rule=lambda alpha, rank: alpha + rank).scale == 12
 
 
 def test_the_start_is_uniform_up_to_one_over_root_d_in():
@@ -170,7 +170,7 @@ def test_a_linear_layer_of_another_class_works():
         ({"dropout": -0.1}, "dropout"),
         ({"alpha": float("nan")}, "scale"),
         ({"alpha": float("inf")}, "scale"),
-        ({"scaling": "alpha/r"}, "scaling"),
+        ({"scale_rule": "alpha/r"}, "scale_rule"),
         ({"base": nn.Conv2d(3, 3, 3)}, "Conv2d"),
         ({"base": nn.Embedding(3, 3)}, "Embedding"),
         ({"base": LoRALinear(nn.Linear(2, 2), 1, 1)}, "already"),

@@ -31,7 +31,7 @@ def logits_of(folder, dtype=torch.float32):
         return lorakit.load_model(folder, dtype)[0](input_ids=TOKENS).logits.float()
 
 
-@pytest.mark.parametrize("settings", [{}, {"layer": lorakit.DoRALinear}, {"scaling": "rslora", "rank": 2}])
+@pytest.mark.parametrize("settings", [{}, {"layer": lorakit.DoRALinear}, {"scale_rule": "rslora", "rank": 2}])
 def test_the_folder_holds_the_unmerged_model(tmp_path, settings):
     want = saved_adapter(tmp_path / "adapter", **settings)
     found = export_merged("tiny", tmp_path / "adapter", tmp_path / "deep" / "merged")
@@ -43,6 +43,7 @@ def test_the_folder_holds_the_unmerged_model(tmp_path, settings):
     assert lorakit.load_model(found.folder)[1]("room of ada adler ?").input_ids
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_sum_is_rounded_once_to_the_dtype(tmp_path, dtype):
     saved_adapter(tmp_path / "adapter")
@@ -72,6 +73,7 @@ print(model(input_ids=torch.arange(5, 29)[None]).logits.argmax(-1)[0].tolist())
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_plain_transformers_loads_it(tmp_path):
     want = saved_adapter(tmp_path / "adapter")
     export_merged("tiny", tmp_path / "adapter", tmp_path / "merged")

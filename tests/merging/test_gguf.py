@@ -66,7 +66,7 @@ def test_the_tokenizer_is_in_the_file(folder, tmp_path):
 def test_an_adapter_is_written_with_its_scale_and_the_order_of_its_base(folder, tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(folder)
     write_gguf(folder, tmp_path / "base.gguf")
-    lorakit.inject(model, 4, 32, scaling="rslora")
+    lorakit.inject(model, 4, 32, scale_rule="rslora")
     for layer in lorakit.adapters(model).values():
         torch.nn.init.normal_(layer.B)
     updates = read_updates(model)

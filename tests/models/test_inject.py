@@ -94,19 +94,18 @@ def test_targets(case):
 
 def test_gqa_shapes_and_counts():
     model = build("llama")  # hidden 16, 4 heads, 2 key/value heads
-    result = inject(model, 3, 6, targets=["q_proj", "k_proj"])
+    result = count(inject(model, 3, 6, targets=["q_proj", "k_proj"]))
     layers = adapters(model)
     assert layers["model.layers.0.self_attn.q_proj"].B.shape == (16, 3)
     assert layers["model.layers.0.self_attn.k_proj"].B.shape == (8, 3)
     assert result.trainable == 2 * 3 * (16 + 16 + 16 + 8)
-    assert result == count(model)
     assert str(result) == f"trainable {result.trainable:,} of {result.total:,} parameters ({result.percent:.2f} %)"
 
 
 BAD = {
     "a typing error": ({"targets": ["q_prj"]}, "q_proj"),
     "one of several matches nothing": ({"targets": ["q_proj", "vproj"]}, "v_proj"),
-    "a regex without a match": ({"targets": r"layers\.9\..*"}, "near names"),
+    "a regex without a match": ({"targets": r"layers\.9\..*"}, "near|known"),
     "a broken regex": ({"targets": "layers.(1"}, "regular expression"),
     "an empty list": ({"targets": []}, "empty"),
     "a container": ({"targets": ["mlp"]}, "LlamaMLP"),
@@ -190,7 +189,7 @@ def test_a_model_of_ones_own_works():
 def test_a_layer_used_in_two_places_gets_one_adapter():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"first": nn.ModuleDict({"proj": shared}), "second": nn.ModuleDict({"proj": shared})})
-    result = inject(model, 2, 4, targets=["proj"])
+    result = count(inject(model, 2, 4, targets=["proj"]))
     assert model["first"]["proj"] is model["second"]["proj"]
     assert result.trainable == 2 * (4 + 4)
     merge(model)

@@ -223,6 +223,7 @@ def start_racer(workshop, log: Path, end: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_of_two_processes_only_one_converts(workshop, tmp_path):
     racers = [start_racer(workshop, tmp_path / "log", "ends") for _ in range(2)]
     outputs = [racer.communicate(timeout=120) for racer in racers]
@@ -313,9 +314,9 @@ def test_an_installed_package_is_used_if_its_file_is_the_right_one(workshop, mon
 
 @pytest.mark.parametrize("name", ["smolm2", "SmolLM2"])
 def test_an_unknown_name_is_told_its_neighbour(name):
-    with pytest.raises(ValueError, match=r"expected a name in .*got .* did you mean 'smollm2'\?"):
+    with pytest.raises(ValueError, match=r"expected a model's name, .*got .*; near: smollm2"):
         load_model(name)
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match="near: smollm2"):
         fetch_model(name)
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers.architectures import CONFIGS, build, logits_of
 from helpers.parity import gradients, peft_model, randomise, relative
 
-from lorakit import adapters, find_targets, inject, load_adapter, merge, save_adapter
+from lorakit import adapters, count, find_targets, inject, load_adapter, merge, save_adapter
 
 ARCHITECTURES = sorted(CONFIGS)
 
@@ -22,17 +22,17 @@ def test_all_linear_chooses_what_peft_chooses(name):
     base = build(name)
     theirs = peft_model(base, r=4, target_modules="all-linear")
     assert set(find_targets(base)) == set(theirs.targeted_module_names)
-    ours = inject(base, 4, 8)
+    ours = count(inject(base, 4, 8))
     trainable, total = theirs.get_nb_trainable_parameters()
     assert (ours.trainable, ours.total) == (trainable, total)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize(("rank", "scaling"), [(1, "lora"), (4, "rslora")])
-def test_our_file_in_peft_gives_equal_logits_and_gradients(name, rank, scaling, tmp_path):
+@pytest.mark.parametrize(("rank", "scale_rule"), [(1, "lora"), (4, "rslora")])
+def test_our_file_in_peft_gives_equal_logits_and_gradients(name, rank, scale_rule, tmp_path):
     base = build(name)
     ours = copy.deepcopy(base)
-    inject(ours, rank, 8, scaling=scaling)
+    inject(ours, rank, 8, scale_rule=scale_rule)
     randomise(ours)
     theirs = from_folder(base, save_adapter(ours, tmp_path))
     torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-6, atol=1e-6)
@@ -50,8 +50,8 @@ def test_pefts_file_in_ours_gives_equal_logits_and_merged_weights(name, tmp_path
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
     ours = copy.deepcopy(base)
-    count = load_adapter(ours, tmp_path)
-    assert count.trainable == theirs.get_nb_trainable_parameters()[0]
+    loaded = count(load_adapter(ours, tmp_path))
+    assert loaded.trainable == theirs.get_nb_trainable_parameters()[0]
     torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-6, atol=1e-6)
     expected = theirs.merge_and_unload().state_dict()
     merged = merge(ours).state_dict()

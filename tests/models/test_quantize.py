@@ -74,7 +74,7 @@ def test_refusals_leave_the_model_as_it_was():
         assert not any(isinstance(m, NF4Linear) for m in model.modules())
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
-    refuse("near names", ["q_prj"])
+    refuse("near", ["q_prj"])
     refuse("even block size", block_size=7)
     refuse("codebook", codebook=(1.0,))
     with pytest.raises(ValueError, match="4-bit layers"):

@@ -22,7 +22,7 @@ from lorakit.models.peft_files import CONFIG, WEIGHTS
 def saved(tmp_path):
     """A folder with an adapter of the tiny Llama, and the adapted model."""
     model = build("llama")
-    inject(model, 3, 8, scaling="rslora", dropout=0.1)
+    inject(model, 3, 8, scale_rule="rslora", dropout=0.1)
     randomise(model)
     return save_adapter(model, tmp_path / "adapter"), model
 
@@ -54,8 +54,8 @@ def test_ranks_scales_and_rules_may_differ_between_layers(tmp_path):
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     plain.load_state_dict(model.state_dict())
     inject(model, 2, 4, targets=["0", "1", "2"])
-    model[1] = LoRALinear(model[1].base, 3, 5, scaling="rslora")
-    model[2] = LoRALinear(model[2].base, 2, 7, scaling=lambda alpha, rank: alpha / rank**2)
+    model[1] = LoRALinear(model[1].base, 3, 5, scale_rule="rslora")
+    model[2] = LoRALinear(model[2].base, 2, 7, scale_rule=lambda alpha, rank: alpha / rank**2)
     randomise(model)
     load_adapter(plain, save_adapter(model, tmp_path))
     x = torch.randn(3, 4)
@@ -67,7 +67,7 @@ def test_ranks_scales_and_rules_may_differ_between_layers(tmp_path):
 def test_a_second_load_fills_the_same_parameters(saved):
     folder, model = saved
     again = build("llama")
-    inject(again, 3, 8, scaling="rslora")
+    inject(again, 3, 8, scale_rule="rslora")
     parameters = [p for p in again.parameters() if p.requires_grad]
     load_adapter(again, folder)
     assert all(a is b for a, b in zip(parameters, [p for p in again.parameters() if p.requires_grad], strict=True))
@@ -75,12 +75,14 @@ def test_a_second_load_fills_the_same_parameters(saved):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rank": 4}, {"alpha": 4}, {"targets": ["q_proj"]}, {"scaling": "lora"}], ids=lambda s: next(iter(s))
+    "settings",
+    [{"rank": 4}, {"alpha": 4}, {"targets": ["q_proj"]}, {"scale_rule": "lora"}],
+    ids=lambda s: next(iter(s)),
 )
 def test_loading_over_other_adapters_is_refused(saved, settings):
     folder, _ = saved
     other = build("llama")
-    inject(other, **({"rank": 3, "alpha": 8, "scaling": "rslora"} | settings))
+    inject(other, **({"rank": 3, "alpha": 8, "scale_rule": "rslora"} | settings))
     before = snapshot(other)
     with pytest.raises(AdapterError):
         load_adapter(other, folder)
@@ -269,6 +271,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
+@pytest.mark.long
 def test_killed_saves_never_leave_a_file_that_loads_wrong(tmp_path):
     script = (
         "import sys, torch; from torch import nn; from lorakit import inject, save_adapter\n"

@@ -8,7 +8,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import lorakit
 from lorakit import cli
+from lorakit._optional import need
 from lorakit.course import doctor, lessons, outputs, runner
 from lorakit.models import download
 
@@ -94,13 +96,13 @@ def test_run_sets_parameters_shows_progress_and_keeps_copies(notebooks, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "00_frist"], "expected a lesson, got '00_frist'; near names: 00_first"),
-        (["run", "9"], "near names: 00_first, 01_second"),
-        (["run", "0", "-p", "step", "1"], "expected a parameter of 00_first, got 'step'; near names: steps"),
+        (["run", "00_frist"], "expected a lesson, got '00_frist'; near: 00_first"),
+        (["run", "9"], "expected a lesson, got '9'; known: 00_first, 01_second"),
+        (["run", "0", "-p", "step", "1"], "expected a parameter of 00_first, got 'step'; near: steps"),
         (["run", "0", "-p", "steps", "1O"], "expected int for steps of 00_first, got '1O'"),
         (["run", "0", "-p", "name", "2"], "expected str for name of 00_first, got 2"),
         (["run", "0", "1", "-p", "steps", "1"], "expected a parameter of 01_second, got 'steps'"),
-        (["run", "--profile", "labtop"], "expected a profile, got 'labtop'; near names: laptop"),
+        (["run", "--profile", "labtop"], "expected a profile, got 'labtop'; near: laptop"),
         (["run", "--in-place", "--profile", "smoke"], "expected --in-place without"),
     ],
 )
@@ -157,6 +159,7 @@ def test_a_long_bar_is_echoed_now_and_then(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.long
 def test_refresh_writes_clean_outputs_twice_the_same(notebooks):
     cells = [code("n = 2  # count", "parameters"), code(BAR, "nbval-ignore-output"), code("print(n)\nn")]
     path = write_lesson(notebooks, "00_first", *cells)
@@ -175,6 +178,7 @@ def test_refresh_writes_clean_outputs_twice_the_same(notebooks):
     assert path.read_bytes() == first
 
 
+@pytest.mark.long
 def test_refresh_saves_neither_litter_nor_a_failure(notebooks, capsys):
     litter = [
         "import sys",
@@ -258,7 +262,48 @@ def test_fetch_prints_the_folder_and_passes_errors_on_as_one_line(monkeypatch, c
     assert capsys.readouterr().out == f"{tmp_path}\n" * 2
     monkeypatch.undo()
     assert cli.main(["fetch", "smolm2"]) == 2
-    assert "did you mean 'smollm2'" in capsys.readouterr().err
+    assert "got 'smolm2'; near: smollm2" in capsys.readouterr().err
+
+
+WITHOUT = """
+import sys
+import lorakit, lorakit.cli
+WANTS = {"nbformat": "run", "psutil": "exercises", "yaml": "sweep plan.yaml", "joblib": "sweep plan.yaml"}
+for module, line in WANTS.items():
+    sys.modules[module] = None
+    print(lorakit.cli.main(line.split()), file=sys.stderr)
+    del sys.modules[module]
+sys.modules["joblib"] = None
+try:
+    lorakit.sweep
+except ImportError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_what_is_not_installed_is_named_with_its_extra():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == [
+        *("lorakit: nbformat is needed: pip install 'lorakit[course]'", "2"),
+        *("lorakit: psutil is needed: pip install 'lorakit[course]'", "2"),
+        *("lorakit: yaml is needed: pip install 'lorakit[sweep]'", "2"),
+        *("lorakit: joblib is needed: pip install 'lorakit[sweep]'", "2"),
+        "joblib is needed: pip install 'lorakit[sweep]'",
+    ]
+
+
+def test_a_fault_of_lorakits_own_is_no_want_of_a_package():
+    with pytest.raises(ImportError, match=r"No module named 'lorakit\.absent'"):
+        need("lorakit.absent")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"lorakit {lorakit.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "lorakit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lorakit {lorakit.__version__}\n"
 
 
 def test_the_command_line_does_not_import_what_it_does_not_need():

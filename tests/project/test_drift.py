@@ -153,6 +153,7 @@ def test_what_new_releases_need_is_found(tmp_path):
     assert drift.unmet(str(tmp_path)) == {"peft>=99", "no-such-package"}
 
 
+@pytest.mark.long
 def test_the_newest_releases_are_looked_up_in_their_folder(tmp_path, monkeypatch, capfd):
     """A stand-in for pip puts a package `trl` without anything into the folder, and all its uses become unknown."""
     fake = tmp_path / "pip.py"

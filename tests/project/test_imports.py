@@ -63,7 +63,7 @@ def find_breaches(path, source):
     """What a module imports from its own floor's other rooms or from above; and the package itself, which is above."""
     room = module_of(path)[0]
     for other in imported_modules(source):
-        if not other or (other[0] != room and FLOOR[other[0]] >= FLOOR[room] and room != "cli"):
+        if room != "cli" and (not other or (other[0] != room and FLOOR[other[0]] >= FLOOR[room])):
             yield ".".join(other) or "lorakit"
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lorakit.layers import shortcuts
 from lorakit.speed.attention import _ShortAttention, attention, short_attention
 
 
@@ -95,7 +96,12 @@ def test_nothing_of_seq_by_seq_is_kept():
     ("tokens", "dtype", "short"), [(40, torch.bfloat16, True), (400, torch.bfloat16, False), (40, torch.float32, False)]
 )
 def test_it_is_taken_only_where_it_pays(calls, tokens, dtype, short):
-    with attention(tokens, torch.device("cpu"), dtype):
-        F.scaled_dot_product_attention(*tensors(2, 2, 5, 5, dtype))
-    F.scaled_dot_product_attention(*tensors(2, 2, 5, 5, dtype))
+    inputs = tensors(2, 2, tokens, tokens, dtype)
+    with attention(torch.nn.Linear(2, 2, dtype=dtype)) as decision:
+        ours = F.scaled_dot_product_attention(*inputs)
+        with shortcuts.forbidden():
+            theirs = F.scaled_dot_product_attention(*inputs)
+    F.scaled_dot_product_attention(*inputs)
     assert len(calls) == short
+    assert decision.used == (dtype == torch.bfloat16)
+    assert_same([ours], [theirs], 2e-2)

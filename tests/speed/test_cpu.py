@@ -61,6 +61,7 @@ print(faults())
 """
 
 
+@pytest.mark.long
 @here
 def test_memory_is_kept_while_it_is_open_and_given_back_afterwards():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
@@ -68,40 +69,79 @@ def test_memory_is_kept_while_it_is_open_and_given_back_afterwards():
     assert inside * 20 < outside
 
 
-def test_fast_takes_back_the_precision(monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_gain", lambda: 2.0)
+@pytest.fixture
+def trial(monkeypatch):
+    """Sets what the trial of oneDNN finds: its gain and its error, as multiples of the default's."""
+    monkeypatch.delenv(cpu.PIN, raising=False)
+    return lambda gain, error=1.0: monkeypatch.setattr(cpu, "onednn_trial", lambda: (gain, error))
+
+
+def products(layer, tokens, **settings):
+    """The precision inside of `fast`, and what it says about oneDNN."""
+    with cpu.fast(layer, tokens, **settings) as decisions:
+        return torch.get_float32_matmul_precision(), str(decisions["oneDNN"])
+
+
+def test_fast_takes_back_the_precision(trial):
+    trial(2.0)
     model = torch.nn.Linear(576, 576)
-    for dtype, tokens, inside in (
-        (torch.float32, 400, "medium"),
-        (torch.float32, 2, "highest"),
-        (torch.bfloat16, 400, "highest"),
+    for dtype, tokens, inside, words in (
+        (torch.float32, 400, "medium", "used: 2.0 times as fast"),
+        (torch.float32, 2, "highest", "not used: 2 tokens at a time, needs 256"),
+        (torch.bfloat16, 400, "highest", "not used: for float32 on a CPU only"),
     ):
-        with cpu.fast(model.to(dtype), tokens):
-            assert torch.get_float32_matmul_precision() == inside
+        assert products(model.to(dtype), tokens) == (inside, words)
         assert torch.get_float32_matmul_precision() == "highest"
+    assert "needs 1.7e+07" in products(torch.nn.Linear(8, 8), 400)[1]
     with pytest.raises(KeyError), cpu.fast(model.float(), 400):
         raise KeyError
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize("gain", [0.0, 1.1])
-def test_onednn_is_not_used_where_it_is_inexact_or_no_faster(gain, monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_gain", lambda: gain)
-    with cpu.fast(torch.nn.Linear(576, 576), 400):
-        assert torch.get_float32_matmul_precision() == "highest"
+@pytest.mark.parametrize(
+    ("gain", "error", "words"), [(9.0, 40.0, "40 times the error"), (1.1, 1.0, "1.10 times as fast, needs 1.25")]
+)
+def test_onednn_is_not_used_where_it_is_inexact_or_no_faster(gain, error, words, trial):
+    trial(gain, error)
+    precision, why = products(torch.nn.Linear(576, 576), 400)
+    assert precision == "highest"
+    assert words in why
 
 
-def test_inexact_products_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("environment", "argument", "gain", "error", "used"),
+    [
+        ("1", None, 1.0, 1.0, True),
+        ("0", None, 3.0, 1.0, False),
+        ("0", True, 1.0, 1.0, True),
+        ("1", False, 3.0, 1.0, False),
+        ("1", None, 3.0, 40.0, False),  # a pin is no leave to be inexact
+    ],
+)
+def test_the_choice_can_be_pinned(environment, argument, gain, error, used, trial, monkeypatch):
+    trial(gain, error)
+    monkeypatch.setenv(cpu.PIN, environment)
+    precision, why = products(torch.nn.Linear(576, 576), 400, onednn=argument)
+    assert (precision == "medium") == used
+    assert error > 1 or "pinned" in why
+
+
+def test_a_pin_against_it_needs_no_trial(monkeypatch):
+    monkeypatch.setattr(cpu, "onednn_trial", lambda: pytest.fail("timed for nothing"))
+    assert products(torch.nn.Linear(576, 576), 400, onednn=False) == ("highest", "not used: pinned")
+
+
+def test_the_trial_sees_inexact_products():
     class Rounded(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             output = function(*args, **(kwargs or {}))
             medium = function.overloadpacket is torch.ops.aten.mm and output.dtype == torch.float32
             return output.bfloat16().float() if medium and cpu.matmul_precision() == "medium" else output
 
-    cpu.onednn_gain.cache_clear()
+    cpu.onednn_trial.cache_clear()
     with Rounded():
-        assert cpu.onednn_gain() == 0
-    cpu.onednn_gain.cache_clear()
+        assert cpu.onednn_trial()[1] > cpu.MAX_ERROR
+    cpu.onednn_trial.cache_clear()
 
 
 def test_products_inside_fast_are_float32_exact():
@@ -112,11 +152,22 @@ def test_products_inside_fast_are_float32_exact():
         assert (layer(x) - exact).norm() / exact.norm() < 1e-6
 
 
-def test_a_precision_that_the_user_has_chosen_stays():
+def test_a_precision_that_the_user_has_chosen_stays(trial):
+    trial(2.0)
     torch.set_float32_matmul_precision("high")
-    cpu.onednn_gain.cache_clear()
     try:
-        assert cpu.onednn_gain() == 0
+        assert products(torch.nn.Linear(576, 576), 400) == (
+            "high",
+            "not used: you have set torch's precision of products",
+        )
     finally:
         torch.set_float32_matmul_precision("highest")
-        cpu.onednn_gain.cache_clear()
+    assert products(torch.nn.Linear(576, 576), 400)[0] == "medium", "the answer is not kept for ever"
+
+
+def test_plain_products_are_those_from_before(trial):
+    trial(2.0)
+    with cpu.fast(torch.nn.Linear(576, 576), 400):
+        with cpu.plain_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"

@@ -6,8 +6,8 @@ from helpers.architectures import adapted, build
 from helpers.texts import examples
 
 from lorakit import fit, inject
+from lorakit.speed.frozen_prefix import below
 from lorakit.training.batch import collate, pack, spans
-from lorakit.training.fit import _frozen_prefix
 
 UPPER = {
     "llama": r"model\.layers\.1\..*proj",
@@ -26,6 +26,17 @@ def upper(name, **settings):
     return model.train()
 
 
+def prefix(model, texts):
+    """What can be skipped, and why not."""
+    return below(model, [text.input_ids for text in texts])
+
+
+def refused(model, texts):
+    found, why = prefix(model, texts)
+    assert found is None
+    return why
+
+
 @pytest.mark.parametrize("name", UPPER)
 def test_training_is_the_same_and_the_lower_layers_run_in_the_first_epoch_alone(name, monkeypatch):
     texts, kept = examples(12), upper(name)
@@ -39,7 +50,7 @@ def test_training_is_the_same_and_the_lower_layers_run_in_the_first_epoch_alone(
     monkeypatch.setattr(type(lower), "forward", counted)
     ours = fit(kept, texts, steps=6, batch_size=6, lr=1e-2, show=False)
     assert seen.count(False) - seen.count(True) == 1 + 4  # one of three trials, and two of three epochs, go without it
-    monkeypatch.setattr("lorakit.training.fit._frozen_prefix", lambda model, texts: None)
+    monkeypatch.setattr("lorakit.speed.accelerated.below", lambda model, texts: (None, "not here"))
     plain = upper(name)
     theirs = fit(plain, texts, steps=6, batch_size=6, lr=1e-2, show=False)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
@@ -49,7 +60,8 @@ def test_training_is_the_same_and_the_lower_layers_run_in_the_first_epoch_alone(
 
 def test_a_known_batch_is_not_computed_again_packed_or_padded():
     model, texts = upper("llama"), examples(8)
-    found = _frozen_prefix(model, texts)
+    found, why = prefix(model, texts)
+    assert why.startswith("1 frozen blocks")
     layer, seen = model.model.layers[0].self_attn.q_proj, []
     keys, lengths = range(8), [len(text.input_ids) for text in texts]
     padded, packed = collate(texts), pack(texts)
@@ -74,19 +86,19 @@ def test_a_known_batch_is_not_computed_again_packed_or_padded():
 
 def test_dropout_hooks_and_adapters_at_the_bottom_rule_it_out():
     texts = examples(4)
-    assert _frozen_prefix(upper("llama"), texts)
-    assert _frozen_prefix(upper("llama", dropout=0.5), texts), "dropout above does not matter"
-    assert _frozen_prefix(adapted("llama"), texts) is None, "the first block trains"
+    assert prefix(upper("llama"), texts)[0]
+    assert prefix(upper("llama", dropout=0.5), texts)[0], "dropout above does not matter"
+    assert "first block trains" in refused(adapted("llama"), texts)
     noisy = build("gpt2")
     noisy.transformer.h[0].attn.resid_dropout.p = 0.5
     inject(noisy, 3, 6, targets=UPPER["gpt2"])
-    assert _frozen_prefix(noisy.train(), texts) is None
+    assert "dropout" in refused(noisy.train(), texts)
     hooked = upper("llama")
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert _frozen_prefix(hooked, texts) is None
+    assert "hook" in refused(hooked, texts)
     trains = upper("llama")
     trains.model.embed_tokens.weight.requires_grad_()
-    assert _frozen_prefix(trains, texts) is None
+    assert "outside of the blocks" in refused(trains, texts)
 
 
 def test_a_side_path_past_the_blocks_rules_it_out():
@@ -104,9 +116,9 @@ def test_a_side_path_past_the_blocks_rules_it_out():
             return taken(self, hidden + vars(self).pop("side"), *args, **kwargs)
 
     first.__class__, second.__class__ = Remembering, Reading
-    assert _frozen_prefix(model, examples(4)) is None
+    assert "does not run without" in refused(model, examples(4))
 
 
 def test_too_much_is_not_kept(monkeypatch):
     monkeypatch.setattr("lorakit.speed.frozen_prefix.MAX_BYTES", 100)
-    assert _frozen_prefix(upper("llama"), examples(4)) is None
+    assert "1e-07 are allowed" in refused(upper("llama"), examples(4))

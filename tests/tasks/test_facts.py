@@ -162,6 +162,7 @@ def test_pretraining_never_shows_a_new_fact(tokenizer):
         assert not new & set(itertools.pairwise(example.input_ids))
 
 
+@pytest.mark.long
 def test_made_again_it_is_the_same_with_the_same_card(brief, tmp_path):
     again = tiny_model.write(tmp_path / "again", BRIEF)
     manifests = [json.loads((folder / MANIFEST).read_text()) for folder in (brief, again)]
@@ -185,6 +186,7 @@ def test_a_folder_with_something_else_is_not_replaced(tmp_path):
 real_pretrain = tiny_model.pretrain
 
 
+@pytest.mark.long
 def test_the_command_makes_it_where_load_model_looks(nowhere, monkeypatch, capsys):
     monkeypatch.setattr(tiny_model, "pretrain", lambda steps: real_pretrain(2, 8, show=False))
     assert cli.main(["pretrain"]) == 0
@@ -209,6 +211,7 @@ def test_the_committed_checkpoint_is_whole_and_small():
     }, "the checkpoint is not that of the recipe in pretrain.py"
 
 
+@pytest.mark.long
 def test_tiny_loads_without_network_hub_or_cache(tmp_path):
     code = """
         import socket
@@ -288,6 +291,7 @@ def test_recall_is_what_generation_says(tiny):
     assert recall(*tiny, items) == sum(a == item.answer for a, item in zip(said, items, strict=True)) / 40 > 0.3
 
 
+@pytest.mark.long
 def test_lora_memorises_facts_and_nothing_else_appears():
     model, tokenizer = load_model("tiny")
     items = facts(8)

@@ -7,7 +7,11 @@ import torch
 from helpers.architectures import build
 from helpers.parity import peft_model, snapshot, unchanged
 from helpers.texts import TOKENIZER, examples
-from transformers import get_linear_schedule_with_warmup
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from lorakit import (
     Example,
@@ -24,13 +28,48 @@ from lorakit import (
 from lorakit._optional import quiet
 from lorakit.models.inject import adapters
 from lorakit.training.batch import IGNORE, collate
-from lorakit.training.fit import batches, linear_schedule
 from lorakit.training.loss import completion_loss
+from lorakit.training.recipe import batches, linear_schedule
 from lorakit.training.reference_loop import plain_loop
 
 
 def test_encode_labels_the_completion_only():
     assert encode(TOKENIZER, "ab", "c\x02") == Example([3, 4, 5, 2], [IGNORE, IGNORE, 5, 2])
+
+
+def words_tokenizer(unknown, **declared):
+    """Whole words, "a b c", and the token that stands for others."""
+    words = Tokenizer(WordLevel({unknown: 0, "a": 1, "b": 2, "c": 3}, unk_token=unknown))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, **declared)
+
+
+def test_words_that_the_tokenizer_gives_another_tokens_id_are_refused():
+    tokenizer = words_tokenizer("<pad>", pad_token="<pad>")
+    assert tokenizer.unk_token_id is None
+    assert encode(tokenizer, "a <pad> b", "c").input_ids == [1, 0, 2, 3]  # the token by its own name
+    for prompt, completion, named in [
+        ("a d b d", "c", "'d'"),
+        ("a", "d c <pad> e<pad>", "'d', 'e'"),
+        ("a f", "<pad> g", "'f', 'g'"),
+    ]:
+        with pytest.raises(ValueError, match=f"expected words that the tokenizer knows, got {named}$"):
+            encode(tokenizer, prompt, completion)
+
+
+def test_a_declared_unknown_token_may_be_read_and_not_written():
+    tokenizer = words_tokenizer("<unk>", unk_token="<unk>", pad_token="a")
+    assert encode(tokenizer, "a d", "c").input_ids == [1, 0, 3]
+    with pytest.raises(ValueError, match=r"got 'd'$"):
+        encode(tokenizer, "a", "d")
+
+
+def test_bytes_have_no_unknown_words():
+    bytes_ = Tokenizer(BPE({mark: i for i, mark in enumerate([*ByteLevel.alphabet(), "<end>"])}, []))
+    bytes_.pre_tokenizer, bytes_.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, unk_token="<end>", eos_token="<end>")
+    for text in ("a <end> ü", "漢字 🙂\t\x00", "<end>"):
+        assert tokenizer.decode(encode(tokenizer, text, text).input_ids) == text + text
 
 
 def test_collate_pads_on_the_right_and_hides_it():

@@ -9,16 +9,16 @@ from helpers.architectures import TINY, build
 from helpers.parity import snapshot, unchanged
 from helpers.texts import examples
 
-from lorakit import adapters, exact_match, fit, inject, load_adapter, remove, save_adapter
+from lorakit import LoRAConfig, adapters, exact_match, fit, inject, load_adapter, remove, save_adapter
 from lorakit.layers.multi_lora import LoRAStack
 from lorakit.training.fit_many import Spec, fit_many
 
 SPECS = [
-    Spec(4, 8, 1e-4, seed=0),
-    Spec(1, 2, 3e-4, seed=1),
-    Spec(7, 3, 1e-4, seed=2, scaling="rslora"),
-    Spec(2, 4, 2e-4, seed=3, targets=("q_proj", "v_proj")),
-    Spec(3, 6, 1e-4, seed=0, targets=r"layers\.1\..*(up|down)_proj"),
+    Spec(LoRAConfig(4, 8), 1e-4, seed=0),
+    Spec(LoRAConfig(1, 2), 3e-4, seed=1),
+    Spec(LoRAConfig(7, 3, scale_rule="rslora"), 1e-4, seed=2),
+    Spec(LoRAConfig(2, 4, targets=("q_proj", "v_proj")), 2e-4, seed=3),
+    Spec(LoRAConfig(3, 6, targets=r"layers\.1\..*(up|down)_proj"), 1e-4, seed=0),
 ]
 
 
@@ -28,7 +28,7 @@ def relative(a, b):
 
 def apart(model, texts, spec, **settings):
     torch.manual_seed(spec.seed)
-    inject(model, spec.rank, spec.alpha, spec.targets, scaling=spec.scaling)
+    inject(model, spec.config)
     history = fit(model, texts, lr=spec.lr, seed=spec.seed, show=False, **settings)
     layers = adapters(model)
     remove(model)
@@ -53,7 +53,7 @@ def test_each_is_its_own_run(clip):
 @pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "gpt2", "phi3", "opt"])
 def test_gradients_are_exact(name):
     model, texts, caught = build(name), examples(8), []
-    specs = [Spec(2, 4, 1e-3, seed=0), Spec(5, 4, 1e-3, seed=1), Spec(3, 9, 1e-3, seed=2)]
+    specs = [Spec(LoRAConfig(rank, alpha), 1e-3, seed) for seed, (rank, alpha) in enumerate(((2, 4), (5, 4), (3, 9)))]
 
     def catch(_, params, *args):
         caught.append([p.grad.clone() for p in params])
@@ -72,7 +72,7 @@ def test_gradients_are_exact(name):
 
 def test_data_of_its_own_for_each():
     model, some, others = build("llama"), examples(seed=1), examples(seed=2)
-    specs = [Spec(4, 8, 1e-3), Spec(4, 8, 1e-3)]
+    specs = [Spec(LoRAConfig(4, 8), 1e-3), Spec(LoRAConfig(4, 8), 1e-3)]
     one, two = fit_many(model, [some, others], specs, steps=4, batch_size=4, show=False)
     assert one.history.loss != two.history.loss
     history, _ = apart(model, others, specs[1], steps=4, batch_size=4)
@@ -99,7 +99,7 @@ def test_rows_beyond_a_rank_stay_zero():
 
 def test_one_that_diverges_says_so_and_leaves_the_others_alone():
     model, texts = build("llama"), examples()
-    calm, wild = Spec(4, 8, 1e-3), Spec(4, 8, 1e30)
+    calm, wild = Spec(LoRAConfig(4, 8), 1e-3), Spec(LoRAConfig(4, 8), 1e30)
     with_wild = fit_many(model, texts, [calm, wild], steps=6, batch_size=4, show=False)
     alone = fit_many(model, texts, [calm], steps=6, batch_size=4, show=False)
     assert "try a learning rate below" in with_wild[1].error
@@ -146,9 +146,9 @@ def mixture():
     [
         ([], examples(4), "expected specs"),
         (SPECS[:2], [examples(4)], "as many lists of examples"),
-        ([SPECS[0], Spec(0, 8, 1e-3)], examples(4), "rank >= 1"),
-        ([SPECS[0], Spec(2, 8, 1e-3, targets=("q_prj",))], examples(4), "q_proj"),
-        ([SPECS[0], Spec(2, 8, math.nan)], examples(4), "lr > 0"),
+        ([SPECS[0], Spec(LoRAConfig(2, 8, dropout=0.1), 1e-3)], examples(4), "without dropout"),
+        ([SPECS[0], Spec(LoRAConfig(2, 8, targets=("q_prj",)), 1e-3)], examples(4), "q_proj"),
+        ([SPECS[0], Spec(LoRAConfig(2, 8), math.nan)], examples(4), "lr > 0"),
         (SPECS[:2], [], "as many lists of examples"),
     ],
 )

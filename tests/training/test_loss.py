@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import Example
 from lorakit.layers.subspace import RandomSubspace
+from lorakit.speed.packing import packable
 from lorakit.training import loss
-from lorakit.training.batch import IGNORE, collate, pack, packable, rows_of
+from lorakit.training.batch import IGNORE, collate, pack, rows_of
 from lorakit.training.loss import completion_loss, labelled_logits, token_losses
 
 FAMILIES = ["llama", "llama-biased-tied", "mistral-gqa", "qwen3", "gemma2", "phi", "gpt2", "opt", "gpt-neox"]
@@ -42,7 +43,25 @@ def test_capped_logits_are_not_taken_for_the_heads():
     model, batch = adapted("gemma2"), collate(examples(6))
     model.config.final_logit_softcapping = 0.5  # a cap that bites
     torch.testing.assert_close(completion_loss(model, batch), plain(model, batch))
-    assert not loss._logits_are_the_heads[model.get_output_embeddings()]
+
+
+def test_a_cap_that_comes_or_goes_is_seen():
+    model, batch, found = adapted("gemma2"), collate(examples(6)), []
+    model.get_output_embeddings().weight.data.mul_(30)
+    for cap in (None, 0.5, None):
+        model.config.final_logit_softcapping = cap
+        found.append(completion_loss(model, batch))
+        torch.testing.assert_close(found[-1], plain(model, batch))
+    assert abs(found[0] - found[1]) > 0.01
+
+
+def test_finding_a_cap_leaves_dropout_its_random_numbers():
+    losses = []
+    for _ in range(2):  # the first time the head is not known yet
+        model = adapted("gemma2", dropout=0.5).train() if not losses else model
+        torch.manual_seed(0)
+        losses.append(completion_loss(model, collate(examples(6))))
+    assert torch.equal(*losses)
 
 
 def test_a_head_that_trains_or_is_adapted_gets_its_gradient():
@@ -137,7 +156,7 @@ def test_rows_hold_every_text_once_and_none_is_longer_than_the_longest():
 @pytest.mark.parametrize("name", ["llama", "mistral-gqa", "qwen3", "gemma2", "phi", "gpt2", "gpt-neox"])
 def test_packed_texts_do_not_see_each_other(name):
     model, texts = adapted(name), mixed()
-    assert packable(model)
+    assert packable(model).used
     packed, padded = pack(texts), collate(texts)
     assert packed["input_ids"].numel() < 0.7 * padded["input_ids"].numel()
     ours, theirs = completion_loss(model, packed), completion_loss(model, padded)
@@ -154,27 +173,3 @@ def test_a_first_token_is_nobodys_next():
     ]
     labels = pack([*texts, Example([1, 2, 3, 4], [1, 2, 3, 4])])["labels"].tolist()
     assert labels == [[IGNORE, 2, 3, 4], [IGNORE, 6, 7, IGNORE], [IGNORE, 9, IGNORE, 4]]
-
-
-class Leaky(torch.nn.Module):
-    """A model in which every token sees all before it, whatever the positions say."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = torch.nn.Embedding(61, 8), torch.nn.Linear(8, 61)
-
-    def forward(self, input_ids, position_ids=None, attention_mask=None):
-        hidden = self.embed(input_ids).cumsum(1)
-        return type("Output", (), {"logits": self.head(hidden)})()
-
-
-class Strict(Leaky):
-    """A model that takes no positions."""
-
-    def forward(self, input_ids, attention_mask=None):
-        return super().forward(input_ids)
-
-
-@pytest.mark.parametrize("make", [Leaky, Strict])
-def test_a_model_that_would_mix_texts_is_found_out(make):
-    assert not packable(make())

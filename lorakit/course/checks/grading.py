@@ -2,7 +2,9 @@
 
 import copy
 import linecache
+import operator
 import traceback
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +51,12 @@ def ask(function: Any, *inputs: Any, on: str) -> Any:
     return answer
 
 
-def judge(got: Any, want: Tensor | float, mistakes: dict[str, Any], on: str, what: str = "the answer") -> None:
+def judge(got: Any, want: Any, mistakes: dict[str, Any], on: str, what: str = "the answer") -> None:
     """Compares an answer with the right one, and a wrong answer with the answers of known mistakes.
 
     Args:
-        got: the reader's tensor or number.
-        want: the right one; an int is expected exactly.
+        got: the reader's tensor or number, or a set of names, or a dict.
+        want: the right one; an int, a set and a dict are expected exactly.
         mistakes: hint -> what somebody gets who makes this mistake; None where it makes no difference.
         on: the input in words.
         what: which part of the answer this is.
@@ -62,12 +64,16 @@ def judge(got: Any, want: Tensor | float, mistakes: dict[str, Any], on: str, wha
     Raises:
         CheckFailed: with the hint of the mistake, or else with what distinguishes the two.
     """
-    tolerance = 0.0 if isinstance(want, int) else TOLERANCE
-    got, want = as_tensor(got, on, what), _double(want)
-    if same(got, want, tolerance):
+    if isinstance(want, set | dict):
+        equal = operator.eq
+    else:
+        equal = partial(same, tolerance=0.0 if isinstance(want, int) else TOLERANCE)
+        got, want = as_tensor(got, on, what), _double(want)
+        mistakes = {hint: _double(wrong) for hint, wrong in mistakes.items() if wrong is not None}
+    if equal(got, want):
         return
     for hint, wrong in mistakes.items():
-        if wrong is not None and same(got, _double(wrong), tolerance):
+        if equal(got, wrong):
             raise CheckFailed(f"{on}: {what} {hint}")
     raise CheckFailed(f"{on}: {what} {_difference(got, want)}")
 
@@ -114,8 +120,13 @@ def _double(value: Any) -> Tensor:
     return torch.as_tensor(value).detach().to("cpu", torch.float64)
 
 
-def _difference(got: Tensor, want: Tensor) -> str:
+def _difference(got: Any, want: Any) -> str:
     """Says in what a wrong answer differs from the right one, as far as that is simple."""
+    if isinstance(want, set):
+        return f"are wrong about {', '.join(sorted(map(str, got ^ want)))}"
+    if isinstance(want, dict):
+        name = next(name for name in want if got[name] != want[name])
+        return f"should say {want[name]!r} of {name}, got {got[name]!r}"
     if got.shape != want.shape:
         turned = "; is it transposed?" if got.ndim == 2 and got.shape == want.shape[::-1] else ""
         return f"should have shape {tuple(want.shape)}, got {tuple(got.shape)}{turned}"

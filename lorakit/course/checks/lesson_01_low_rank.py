@@ -1,40 +1,44 @@
 """The checks of lesson 01's exercises: break-even, best approximation, energy, similarity, a control, the gauge."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorakit.course.checks.exercise import Case, exercise, in_parts
 from lorakit.course.checks.grading import as_tensor, ask, judge, norm, parts, random_matrix, require, same
 from lorakit.layers.lowrank import break_even_rank, captured_energy, lora_parameters, subspace_similarity, truncated_svd
 
 
-def check_largest_rank(largest_rank: Any) -> None:
+@exercise("right: for square, wide and tall matrices, and where the numbers tie", "your rank")
+def check_largest_rank() -> Iterator[Case]:
     """Checks `largest_rank(d_out, d_in) -> rank`: the largest at which B and A hold fewer numbers than the matrix."""
     for d_out, d_in in [(576, 576), (4096, 4096), (192, 576), (1536, 576), (3, 6), (100, 7)]:
-        on = f"a matrix ({d_out}, {d_in})"
         want = max(r for r in range(1, min(d_out, d_in)) if lora_parameters(d_out, d_in, r) < d_out * d_in)
         equal = break_even_rank(d_out, d_in)
         mistakes = {
-            "holds exactly as many numbers as the matrix: fewer is asked for": int(equal) if equal % 1 == 0 else None,
+            "holds exactly as many numbers as the matrix: fewer is asked for": int(equal) if equal % 1 == 0 else want,
             "is not whole: it is where both hold equally many, round it down": equal,
             "holds more numbers than the matrix: round down, not up or to the nearest": want + 1,
             "is right only for square matrices: B has d_out rows, A has d_in columns": d_in // 2 - 1,
             "is the largest rank that such a matrix can have; ask what B and A hold": min(d_out, d_in),
         }
-        judge(ask(largest_rank, d_out, d_in, on=on), want, mistakes, on, "your rank")
-    print("right: for square, wide and tall matrices, and where the numbers tie")
+        yield Case(f"a matrix ({d_out}, {d_in})", (d_out, d_in), want, mistakes)
 
 
-def check_best_approximation(best: Any) -> None:
+def _approximation(got: Any, case: Case) -> Iterable[tuple[str, Any]]:
+    each = parts(got, "approximation, frobenius_error, spectral_error", case.on)
+    return zip(("the approximation", "the Frobenius error", "the spectral error"), each, strict=True)
+
+
+@exercise("right: no matrix of rank k is nearer, in either norm", _approximation)
+def check_best_approximation() -> Iterator[Case]:
     """Checks `best(matrix, k) -> (approximation, frobenius_error, spectral_error)`."""
     for seed, (d_out, d_in, k) in enumerate([(6, 9, 2), (8, 8, 3), (10, 5, 4)]):
-        on = f"a matrix ({d_out}, {d_in}), k = {k}"
         matrix = random_matrix(d_out, d_in, seed=seed)
         U, S, Vh = truncated_svd(matrix, min(d_out, d_in))
-        names = "approximation, frobenius_error, spectral_error"
-        approximation, frobenius, spectral = parts(ask(best, matrix, k, on=on), names, on)
-        mistakes = {
+        approximation = {
             "leaves out the singular values: scale the columns of U by S": U[:, :k] @ Vh[:k],
             "keeps the smallest singular values: torch gives the largest first": (U[:, -k:] * S[-k:]) @ Vh[-k:],
             "is what was to be left out, the remainder": (U[:, k:] * S[k:]) @ Vh[k:],
@@ -42,55 +46,50 @@ def check_best_approximation(best: Any) -> None:
             "has rank k + 1: [:k] takes k values": (U[:, : k + 1] * S[: k + 1]) @ Vh[: k + 1],
         }
         if d_out == d_in:
-            mistakes["uses Vh transposed: torch returns it ready to multiply"] = (U[:, :k] * S[:k]) @ Vh.T[:k]
-        judge(approximation, (U[:, :k] * S[:k]) @ Vh[:k], mistakes, on, "the approximation")
-        mistakes = {
+            approximation["uses Vh transposed: torch returns it ready to multiply"] = (U[:, :k] * S[:k]) @ Vh.T[:k]
+        frobenius = {
             "is the squared norm: take the root": S[k:].square().sum(),
             "is the sum of the values left out: square, add, take the root": S[k:].sum(),
             "is relative: do not divide by the matrix's norm": S[k:].norm() / S.norm(),
             "is the norm of what was kept": S[:k].norm(),
             "is the spectral one": S[k],
         }
-        judge(frobenius, S[k:].norm(), mistakes, on, "the Frobenius error")
-        mistakes = {
+        spectral = {
             "is the last value kept: the error is the first one left out, S[k] when counting from 0": S[k - 1],
             "is the spectral norm of the matrix, not of the difference": S[0],
             "is the Frobenius one": S[k:].norm(),
         }
-        judge(spectral, S[k], mistakes, on, "the spectral error")
-    print("right: no matrix of rank k is nearer, in either norm")
+        best = ((U[:, :k] * S[:k]) @ Vh[:k], approximation), (S[k:].norm(), frobenius), (S[k], spectral)
+        yield Case(f"a matrix ({d_out}, {d_in}), k = {k}", (matrix, k), *in_parts(*best))
 
 
-def check_rank_for_energy(rank_for_energy: Any) -> None:
+@exercise("right: the smallest k, for four shares", "your k")
+def check_rank_for_energy() -> Iterator[Case]:
     """Checks `rank_for_energy(matrix, share) -> k`: the smallest k that captures this share of the energy."""
     for seed, share in enumerate([0.9, 0.75, 0.95, 0.6]):
-        on = f"a matrix (20, 30), share {share}"
         matrix = random_matrix(20, 30, seed=seed) @ torch.diag(0.95 ** torch.arange(30.0))
         S = truncated_svd(matrix, 20)[1]
-        want = _first(captured_energy(S, k) >= share for k in range(21))
-        by_norm, left_out = (
-            _first(captured_energy(S, k) >= least for k in range(21)) for least in (share**2, 1 - share)
+        want, by_norm, left_out = (
+            _first(captured_energy(S, k) >= least for k in range(21)) for least in (share, share**2, 1 - share)
         )
-        by_sum = 1 + _first(partial >= share * S.sum() for partial in S.cumsum(0))
         mistakes = {
-            "adds singular values: energy is their square": by_sum,
+            "adds singular values: energy is their square": 1 + _first(x >= share * S.sum() for x in S.cumsum(0)),
             "is one too small: after cumsum, index 0 already holds one value": want - 1,
             "is one too large: at least the share is asked for, and [:k] takes k values": want + 1,
             "takes the share for one of the norm: energy is the norm squared": by_norm,
             "leaves this share out instead of capturing it": left_out,
         }
-        judge(ask(rank_for_energy, matrix, share, on=on), want, mistakes, on, "your k")
-    print("right: the smallest k, for four shares")
+        yield Case(f"a matrix (20, 30), share {share}", (matrix, share), want, mistakes)
 
 
 def _first(holds: Any) -> int:
     return next(k for k, yes in enumerate(holds) if yes)
 
 
-def check_similarity(similarity: Any) -> None:
+@exercise("right: for equal and unequal ranks, whatever the size of the matrices", "your similarity")
+def check_similarity() -> Iterator[Case]:
     """Checks `similarity(A1, A2) -> number` in [0, 1]: how much of the smaller row space lies in the larger one."""
     for seed, (r1, r2, d) in enumerate([(3, 3, 8), (2, 5, 9), (4, 1, 6)]):
-        on = f"A1 ({r1}, {d}), A2 ({r2}, {d})"
         A1, A2 = random_matrix(r1, d, seed=seed), 3 * random_matrix(r2, d, seed=seed + 9)
         want, few = subspace_similarity(A1, A2, r1, r2), min(r1, r2)
         rows1, rows2 = A1 / A1.norm(dim=1, keepdim=True), A2 / A2.norm(dim=1, keepdim=True)
@@ -104,8 +103,7 @@ def check_similarity(similarity: Any) -> None:
             "adds the cosines: add their squares": cosines.sum() / few,
             "is the root of the right one: the norm is squared": want**0.5,
         }
-        judge(ask(similarity, A1, A2, on=on), want, mistakes, on, "your similarity")
-    print("right: for equal and unequal ranks, whatever the size of the matrices")
+        yield Case(f"A1 ({r1}, {d}), A2 ({r2}, {d})", (A1, A2), want, mistakes)
 
 
 def check_control(control: Any) -> None:

@@ -1,11 +1,15 @@
 """The checks of lesson 02's exercises: counting, merging, repairing, swapping, a first step, and growing the rank."""
 
+import copy
+from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.course.checks.exercise import Case, exercise, in_parts
 from lorakit.course.checks.grading import CheckFailed, as_tensor, ask, judge, parts, random_matrix, require, same
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.lowrank import lora_parameters
@@ -18,59 +22,73 @@ CONFIGS = {  # model -> layers, width, heads, key and value heads, parameters
 SIZES = [(4, 6, 2, 3.0), (7, 7, 3, 8.0)]  # d_out, d_in, rank, alpha; a square one, where transposes go unnoticed
 
 
-def check_count(count: Any) -> None:
+@exercise(
+    "right: r = 16 on Q and V of Llama 2 7B trains 8,388,608 numbers, 0.12 %; three models counted",
+    "trainable, percent",
+)
+def check_count() -> Iterator[Case]:
     """Checks `count(config, total, rank) -> (trainable, percent)`: LoRA on Q and V in every layer."""
     for (name, (layers, width, heads, kv_heads, total)), rank in zip(CONFIGS.items(), (16, 4, 64), strict=True):
-        on = f"{name}, r = {rank}"
         config = SimpleNamespace(
             num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads
         )
-        trainable, percent = parts(ask(count, config, total, rank, on=on), "trainable, percent", on)
         d_value = width // heads * kv_heads
         q, v = lora_parameters(width, width, rank), lora_parameters(d_value, width, rank)
         want = layers * (q + v)
-        mistakes = {
+        trainable = {
             "is that of one layer: multiply by num_hidden_layers": q + v,
             "takes V for a square matrix: with fewer value heads than query heads it is narrower": layers * 2 * q,
             "is that of Q alone: V has an adapter too, or each adapter has two matrices": layers * q,
-            "is that of A alone: B, of shape (d_out, rank), trains too": layers * 2 * rank * width,
             "is that of the full matrices: an adapter has rank * (d_in + d_out)": layers * width * (width + d_value),
         }
-        judge(trainable, want, mistakes, on, "trainable")
-        mistakes = {
+        percent = {
             "is a share, not in percent: multiply by 100": want / (total + want),
             "leaves the adapter out of the whole: divide by total + trainable": 100 * want / total,
         }
-        judge(percent, 100 * want / (total + want), mistakes, on, "percent")
-    print("right: r = 16 on Q and V of Llama 2 7B trains 8,388,608 numbers, 0.12 %; three models counted")
+        both = (want, trainable), (100 * want / (total + want), percent)
+        yield Case(f"{name}, r = {rank}", (config, total, rank), *in_parts(*both))
 
 
-def check_merge(merge: Any) -> None:
+def _merged(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    bias = case.right.bias is not None
+    require(isinstance(got, nn.Linear), case.on, f"expected an nn.Linear, got {type(got).__name__}")
+    yield "the merged weight", got.weight
+    require(bias or got.bias is None, case.on, "the base has no bias, the merged layer has: use bias=False")
+    if bias:
+        require(got.bias is not None, case.on, "the base's bias is lost: the merged layer needs a copy of it")
+        yield "the base's bias is lost: the merged bias", got.bias
+
+
+@exercise("right: merged equals unmerged, for two shapes and scales, with and without a bias", _merged)
+def check_merge() -> Iterator[Case]:
     """Checks `merge(base, A, B, alpha) -> nn.Linear`: any rank and alpha, with and without bias."""
-    for d_out, d_in, rank, alpha in SIZES:
-        for bias in (False, True):
-            on = f"nn.Linear({d_in}, {d_out}, bias={bias}), r = {rank}, alpha = {alpha:g}"
-            layer = _trained_layer(d_out, d_in, rank, alpha, bias)
-            base, A, B = layer.base, layer.A.detach(), layer.B.detach()
-            merged = ask(merge, base, A, B, alpha, on=on)
-            require(isinstance(merged, nn.Linear), on, f"expected an nn.Linear, got {type(merged).__name__}")
-            W, delta = base.weight.detach(), layer.delta_weight().detach()
-            mistakes = {
-                "is W + B A, off by exactly alpha / r: did you forget the scale?": W + B @ A,
-                "is W + alpha B A: divide alpha by the rank": W + alpha * B @ A,
-                "is W: the update was not added": W,
-                "is s B A: add it to the base's weight": delta,
-                "is W - s B A: merging adds": W - delta,
-            }
-            if d_out == d_in:
-                mistakes["has the update transposed: B A is (d_out, d_in), as W is"] = W + delta.T
-            judge(merged.weight, W + delta, mistakes, on, "the merged weight")
-            require(bias or merged.bias is None, on, "the base has no bias, the merged layer has: use bias=False")
-            if bias:
-                require(merged.bias is not None, on, "the base's bias is lost: the merged layer needs a copy of it")
-                hints = {"is that of a new layer": 0 * base.bias, "has been scaled": layer.scale * base.bias}
-                judge(merged.bias, base.bias, hints, on, "the base's bias is lost: the merged bias")
-    print("right: merged equals unmerged, for two shapes and scales, with and without a bias")
+    for (d_out, d_in, rank, alpha), bias in product(SIZES, (False, True)):
+        layer = _trained_layer(d_out, d_in, rank, alpha, bias)
+        A, B, W, b = layer.A.detach(), layer.B.detach(), layer.base.weight.detach(), layer.base.bias
+        delta = layer.delta_weight().detach()
+        weights = {
+            "is W + B A, off by exactly alpha / r: did you forget the scale?": W + B @ A,
+            "is W + alpha B A: divide alpha by the rank": W + alpha * B @ A,
+            "is W: the update was not added": W,
+            "is s B A: add it to the base's weight": delta,
+            "is W - s B A: merging adds": W - delta,
+        }
+        if d_out == d_in:
+            weights["has the update transposed: B A is (d_out, d_in), as W is"] = W + delta.T
+        wrong = {hint: _linear(weight, b) for hint, weight in weights.items()}
+        if bias:
+            wrong |= {"is that of a new layer": _linear(W + delta, 0 * b)}
+            wrong |= {"has been scaled": _linear(W + delta, layer.scale * b)}
+        on = f"nn.Linear({d_in}, {d_out}, bias={bias}), r = {rank}, alpha = {alpha:g}"
+        yield Case(on, (layer.base, A, B, alpha), _linear(W + delta, b), wrong)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.utils.skip_init(nn.Linear, *weight.T.shape, bias=bias is not None)
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias.detach()
+    return layer
 
 
 def check_layer(layer: Any) -> None:
@@ -78,7 +96,8 @@ def check_layer(layer: Any) -> None:
     for d_out, d_in, rank, alpha in SIZES:
         on = f"nn.Linear({d_in}, {d_out}), r = {rank}, alpha = {alpha:g}, dropout = 0.5"
         reference = _trained_layer(d_out, d_in, rank, alpha, bias=True)
-        mine = ask(layer, reference.base, rank, alpha, 0.5, on=on)
+        trains = copy.deepcopy(reference.base).requires_grad_(True)  # as it comes from nn.Linear: freezing is asked for
+        mine = ask(layer, trains, rank, alpha, 0.5, on=on)
         require(isinstance(mine, nn.Module), on, f"expected an nn.Module, got {type(mine).__name__}")
         A, B = (getattr(mine, name, None) for name in "AB")
         if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)):
@@ -111,7 +130,11 @@ def _check_forward(mine: nn.Module, reference: LoRALinear, on: str) -> None:
         "is W x + alpha B A x: divide alpha by the rank": y + reference.alpha * update,
         "is W x alone: the adapter's path is missing": y,
     }
-    judge(ask(mine.eval(), x, on=on), reference(x), mistakes, on, "the output in eval mode")
+    out = ask(mine.eval(), x, on=on)
+    judge(out, reference(x), mistakes, on, "the output in eval mode")
+    reached = getattr(out, "requires_grad", False)
+    reached = reached and None not in torch.autograd.grad(out.sum(), [mine.A, mine.B], allow_unused=True)
+    require(reached, on, "A and B would not train: no gradient reaches both; compute without no_grad and detach")
     units = torch.eye(x.shape[1]).repeat(16, 1)  # dropout leaves such a row its whole update, or nothing of it
     moved = _output(mine.train(), units, on) - reference.base(units).double()
     kept = moved.norm(dim=1, keepdim=True) > 1e-4
@@ -127,33 +150,31 @@ def _output(mine: nn.Module, x: Tensor, on: str) -> Tensor:
     return y
 
 
-def check_swap(swap: Any) -> None:
+@exercise("right: the old update left, the new one came, each with its own scale", "the weight")
+def check_swap() -> Iterator[Case]:
     """Checks `swap(weight, old, new) -> weight`: one merged adapter out, another in; each is (A, B, alpha)."""
     for d_out, d_in, (r1, alpha1), (r2, alpha2) in [(5, 8, (2, 3.0), (4, 10.0)), (6, 6, (3, 1.5), (1, 2.5))]:
-        on = f"weight ({d_out}, {d_in}), r = {r1} and alpha = {alpha1:g} for r = {r2} and alpha = {alpha2:g}"
         old, new = _trained_layer(d_out, d_in, r1, alpha1), _trained_layer(d_out, d_in, r2, alpha2)
         W, P, Q = old.base.weight.detach(), old.delta_weight().detach(), new.delta_weight().detach()
+        BA, DC = P / old.scale, Q / new.scale
         mistakes = {
             "still holds the old adapter: subtract its update first": W + P + Q,
             "has lost the old adapter, and not got the new one": W,
             "has the signs reversed: the old one leaves, the new one comes": W + 2 * P - Q,
-            "is unscaled: each update is (alpha / r) B A, with its own alpha and r": W
-            + P
-            - P / old.scale
-            + Q / new.scale,
-            "has the old adapter's scale in both updates": W + Q / new.scale * old.scale,
-            "has the new adapter's scale in both updates": W + P - P / old.scale * new.scale + Q,
+            "is unscaled: each update is (alpha / r) B A, with its own alpha and r": W + P - BA + DC,
+            "has the old adapter's scale in both updates": W + old.scale * DC,
+            "has the new adapter's scale in both updates": W + P - new.scale * BA + Q,
         }
         adapters = [(layer.A.detach(), layer.B.detach(), layer.alpha) for layer in (old, new)]
-        judge(ask(swap, W + P, *adapters, on=on), W + Q, mistakes, on, "the weight")
-    print("right: the old update left, the new one came, each with its own scale")
+        on = f"weight ({d_out}, {d_in}), r = {r1} and alpha = {alpha1:g} for r = {r2} and alpha = {alpha2:g}"
+        yield Case(on, (W + P, *adapters), W + Q, mistakes)
 
 
-def check_first_update(first_update: Any) -> None:
+@exercise("right: the prediction is what a LoRALinear does in one step of SGD", "the first update")
+def check_first_update() -> Iterator[Case]:
     """Checks `first_update(grad_W, A, alpha, lr) -> s B A` after one step of SGD, against a layer that takes it."""
     for d_out, d_in, rank, alpha in SIZES:
         lr, x = 0.1 * rank, random_matrix(9, d_in, seed=rank)
-        on = f"grad_W ({d_out}, {d_in}), r = {rank}, alpha = {alpha:g}, lr = {lr:g}"
         layer = _trained_layer(d_out, d_in, rank, alpha)
         nn.init.zeros_(layer.B)
         A, s = layer.A.detach().clone(), layer.scale
@@ -171,8 +192,8 @@ def check_first_update(first_update: Any) -> None:
             "is the new B: the update of the weight is s B A": -lr * s * grad_W @ A.T,
             "has no scale: s = alpha / r comes twice": -lr * grad_W @ A.T @ A,
         }
-        judge(ask(first_update, grad_W, A, alpha, lr, on=on), layer.delta_weight(), mistakes, on, "the first update")
-    print("right: the prediction is what a LoRALinear does in one step of SGD")
+        on = f"grad_W ({d_out}, {d_in}), r = {rank}, alpha = {alpha:g}, lr = {lr:g}"
+        yield Case(on, (grad_W, A, alpha, lr), layer.delta_weight().detach(), mistakes)
 
 
 def check_grow(grow: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._optional import need, quiet
-from lorakit.course.checks.grading import as_tensor, ask, judge, parts, random_matrix, require, same
+from lorakit.course.checks.exercise import Case, exercise, in_parts
+from lorakit.course.checks.grading import as_tensor, ask, random_matrix, require, same
 from lorakit.layers.lora import LoRALinear
 from lorakit.training.batch import IGNORE, Example
 
@@ -44,37 +45,39 @@ NAMES = [  # a layer, target_modules, whether PEFT adapts it, and why
     (Q_PROJ, r".*\.self_attn", False, "a regular expression must match up to the end: fullmatch, not match"),
     (Q_PROJ, r"self_attn\.q_proj", False, "a regular expression must match from the beginning: fullmatch, not search"),
 ]
+UNUSED = "a trained adapter of an unused layer"
 STATES = [  # an adapter, the size of B, alpha, in training mode, whether it acts, and why
     ("a trained adapter", 1.0, 4.0, False, True, "logits differ once it is off: `with model.disable_adapter():`"),
     ("a fresh adapter", 0.0, 4.0, False, False, "B is zero, and without it every logit stays the same"),
     ("a trained adapter, alpha = 0", 1.0, 0.0, False, False, "B is not zero, but the scale is: compare logits"),
     ("an adapter after one step", 1e-5, 4.0, False, True, "it acts, if weakly: is there a tolerance that hides it?"),
     ("a fresh adapter, in training mode", 0.0, 4.0, True, False, "dropout makes the difference: call model.eval()"),
+    (UNUSED, 1.0, 4.0, False, False, "no logit passes through it: compare logits"),
 ]
 FIELDS = ("trained", "seconds", "gradient_bytes", "optimizer_bytes", "first_loss", "final_loss")
 EXAMPLES = [Example([1, k, *x, 2], [IGNORE] * 2 + [*x, 2]) for k in range(3, 11) for x in [[k] * (2 + k % 2)]]
 
 
-def check_mask(mask: Any) -> None:
+@exercise(
+    "right: the completion and its end are counted, nothing else is, also where pad_id is the end token",
+    "input_ids, attention_mask, labels",
+)
+def check_mask() -> Iterator[Case]:
     """Checks `mask(prompt_ids, completion_ids, length, pad_id) -> (input_ids, attention_mask, labels)`."""
     for prompt, reply, length, pad in TEXTS:
-        on = f"prompt {prompt}, completion {reply}, length {length}, pad_id {pad}"
-        ids, seen, labels = parts(ask(mask, prompt, reply, length, pad, on=on), "input_ids, attention_mask, labels", on)
         text, n, gap = prompt + reply, len(prompt), length - len(prompt + reply)
         padded, none, rest = text + [pad] * gap, [IGNORE] * n, [IGNORE] * gap
-        mistakes = {
+        ids = {
             "is padded on the left: generation wants that, training pads on the right": [pad] * gap + text,
             "is not padded to `length`": text,
         }
-        judge(ids, torch.tensor(padded), mistakes, on, "input_ids")
-        mistakes = {
+        seen = {
             "is 1 on the padding: only the text is seen": [1] * length,
             "goes by value: a token of the text may equal pad_id, go by position": [int(t != pad) for t in padded],
             "is 0 on the prompt: it has no labels, but it is read": [0] * n + [1] * len(reply) + [0] * gap,
         }
-        judge(seen, torch.tensor([1] * len(text) + [0] * gap), mistakes, on, "attention_mask")
         want, by_value = none + reply + rest, [IGNORE if t == pad else t for t in padded]
-        mistakes = {
+        labels = {
             "is shifted: the model does that itself, label i is token i": [*want[1:], IGNORE],
             "goes by value: what equals pad_id may be the end, which is then never learned": none + by_value[n:],
             "counts the prompt: its labels are -100": text + rest,
@@ -84,8 +87,9 @@ def check_mask(mask: Any) -> None:
             "counts the prompt instead of the completion": prompt + [IGNORE] * (length - n),
             "leaves out the end token, so nobody learns to stop": none + reply[:-1] + [IGNORE, *rest],
         }
-        judge(labels, torch.tensor(want), mistakes, on, "labels")
-    print("right: the completion and its end are counted, nothing else is, also where pad_id is the end token")
+        three = (padded, ids), ([1] * len(text) + [0] * gap, seen), (want, labels)
+        on = f"prompt {prompt}, completion {reply}, length {length}, pad_id {pad}"
+        yield Case(on, (prompt, reply, length, pad), *in_parts(*three))
 
 
 def check_modern(modern: Any) -> None:
@@ -124,7 +128,7 @@ def check_is_active(is_active: Any) -> None:
     """Checks `is_active(model, ids) -> bool`: whether the logits with the adapter are others than without it."""
     ids, given = torch.tensor([[1, 5, 7, 2], [3, 3, 9, 10]]), []
     for on, size, alpha, training, want, why in STATES:
-        model = _Adapted(size, alpha).train(training)
+        model = _Adapted(size, alpha, used=on != UNUSED).train(training)
         got = _truth(ask(_watched(is_active, lambda model, _: given.append(model)), model, ids, on=on), on)
         require(got == want, on, f"should be {want}: {why}")
         mode = "eval" if training else "training"
@@ -145,21 +149,14 @@ def check_compare(compare: Any) -> None:
 
     rows = _rows(ask(compare, make_model, EXAMPLES, on=on), on)
     adapter = _adapter(made, on)
-    total, own = sum(p.numel() for p in made[0][1]), sum(p.numel() for p in adapter)
-    for arm, n, whole, tensors in (("LoRA", own, own + total, len(adapter)), ("full", total, total, len(made[0][1]))):
-        hints = {"counts what is frozen: ask for requires_grad": whole, "is that of the base": total}
-        hints |= {"counts a shared weight twice": total + made[0][1][0].numel(), "is that of the adapter": own}
-        judge(rows[arm]["trained"], n, hints, f"{on}, {arm}", "trained")
-        hints = {"is a number of values: a float32 takes four bytes": n, "counts frozen parameters": 4 * whole}
-        hints |= {"is 0: measure before zero_grad takes the gradients away": 0, "has 8 bytes a number": 8 * n}
-        judge(rows[arm]["gradient_bytes"], 4 * n, hints, f"{on}, {arm}", "gradient_bytes")
-        hints = {"has one moment: AdamW keeps two for each number": 4 * n, "counts frozen parameters": 8 * whole}
-        hints |= {"is a number of values: a float32 takes four bytes": 2 * n, "has the gradients as well": 12 * n}
-        hints["has AdamW's step counters as well: take exp_avg and exp_avg_sq"] = 8 * n + 4 * tensors
-        judge(rows[arm]["optimizer_bytes"], 8 * n, hints, f"{on}, {arm}", "optimizer_bytes")
-        first, final = rows[arm]["first_loss"], rows[arm]["final_loss"]
-        require(bool(final < first), f"{on}, {arm}", f"the loss went from {first:.4g} to {final:.4g}: it should fall")
-        require(bool(rows[arm]["seconds"] > 0), f"{on}, {arm}", "seconds should be more than 0")
+    base = made[0][1]
+    total, own = (sum(p.numel() for p in tensors) for tensors in (base, adapter))
+    for arm, case in zip(rows, _books.cases(total, own, base[0].numel(), len(base), len(adapter)), strict=True):
+        row, here = rows[arm], f"{on}, {arm}"
+        _books.judge((row["trained"], row["gradient_bytes"], row["optimizer_bytes"]), case)
+        falls = f"the loss went from {row['first_loss']:.4g} to {row['final_loss']:.4g}: it should fall"
+        require(bool(row["final_loss"] < row["first_loss"]), here, falls)
+        require(bool(row["seconds"] > 0), here, "seconds should be more than 0")
     a, b = (rows[arm]["first_loss"] for arm in rows)
     require(same(a, b), on, f"first losses are {a:.4g} and {b:.4g}: same base, same data, B = 0, so they should agree")
     again = _rows(ask(_watched(compare, lambda *_: torch.manual_seed(1)), make_model, EXAMPLES, on=on), on)
@@ -167,6 +164,23 @@ def check_compare(compare: Any) -> None:
     hint = "A is random, so set the seed before get_peft_model"
     require(same(a, b), f"{on}, LoRA", f"of two calls one ends at {a:.6g} and one at {b:.6g}: {hint}")
     print("right: each arm from the same base, LoRA's base untouched, every byte accounted for")
+
+
+@exercise("", "trained, gradient_bytes, optimizer_bytes")
+def _books(
+    total: int = 4272, own: int = 928, shared: int = 384, layers: int = 20, adapters: int = 28
+) -> Iterator[Case]:
+    """What a record has of `total` numbers in so many tensors, `shared` of them with the head, `own` of the adapter."""
+    for arm, n, whole, tensors in (("LoRA", own, own + total, adapters), ("full", total, total, layers)):
+        trained = {"counts what is frozen: ask for requires_grad": whole, "is that of the base": total}
+        trained |= {"counts a shared weight twice": total + shared, "is that of the adapter": own}
+        gradient = {"is a number of values: a float32 takes four bytes": n, "counts frozen parameters": 4 * whole}
+        gradient |= {"is 0: measure before zero_grad takes the gradients away": 0, "has 8 bytes a number": 8 * n}
+        moments = {"has one moment: AdamW keeps two for each number": 4 * n, "counts frozen parameters": 8 * whole}
+        moments |= {"is a number of values: a float32 takes four bytes": 2 * n, "has the gradients as well": 12 * n}
+        moments["has AdamW's step counters as well: take exp_avg and exp_avg_sq"] = 8 * n + 4 * tensors
+        row = (n, trained), (4 * n, gradient), (8 * n, moments)
+        yield Case(f"a Llama of two layers, {arm}", (), *in_parts(*row))
 
 
 def _rows(record: Any, on: str) -> dict[str, dict[str, Tensor]]:
@@ -201,7 +215,7 @@ def _adapter(made: list, on: str) -> list[nn.Parameter]:
 class _Adapted(nn.Module):
     """A model with dropout of its own and one adapter, which is switched off as in PEFT's models."""
 
-    def __init__(self, size: float, alpha: float):
+    def __init__(self, size: float, alpha: float, used: bool):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             self.embed = nn.Embedding(11, 8).requires_grad_(False)
@@ -209,11 +223,12 @@ class _Adapted(nn.Module):
         for seed, p in enumerate(self.parameters()):
             p.data = random_matrix(*p.shape, seed=seed)
         self.layer.B.data *= size
-        self.dropout, self.recorded = nn.Dropout(0.5), False
+        self.used, self.dropout, self.recorded = used, nn.Dropout(0.5), False
 
     def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         self.recorded |= torch.is_grad_enabled()
-        return SimpleNamespace(logits=self.layer(self.dropout(self.embed(input_ids))))
+        layer = self.layer if self.used else self.layer.base
+        return SimpleNamespace(logits=layer(self.dropout(self.embed(input_ids))))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

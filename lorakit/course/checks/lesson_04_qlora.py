@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._optional import need, quiet
+from lorakit.course.checks.exercise import Case, exercise, in_parts
 from lorakit.course.checks.grading import as_tensor, ask, judge, parts, random_matrix, require, same
 from lorakit.course.checks.lesson_03_sft import EXAMPLES
 from lorakit.layers import nf4
@@ -26,16 +28,32 @@ BASES = [  # in words, shapes, block size, double quantisation, absmax values th
     ("a small Llama", SMALL, 8, True, 4),
     ("some of Llama 2", LARGE, 64, True, 256),
 ]
-STEPS = [(24, 40, 3, 1.5, True), (32, 32, 4, 0.5, True), (24, 40, 3, 1.5, False)]  # d_out, d_in, rank, s, x has a grad
+STEPS = [  # d_out, d_in, rank, s, the other dimensions of x, whether x wants a gradient
+    (24, 40, 3, 1.5, (2, 3), True),
+    (32, 32, 4, 0.5, (5,), True),
+    (24, 40, 3, 1.5, (2, 3), False),
+]
 LAYERS = 14  # linear ones in the blocks of the project's model
 
 
-def check_codebook(codebook: Any) -> None:
+def _numbers(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    numbers = as_tensor(got, case.on, "the codebook")
+    hints = {
+        "is not finite: ndtri(1) is infinite, offset is below 1": not numbers.isfinite().all(),
+        "holds probabilities: ndtri makes values of them": numbers.shape == (16,) and numbers.min() > 0,
+        "has 17 numbers, and four bits name 16: seven steps lie below zero": numbers.shape == (17,),
+    }
+    for hint, holds in hints.items():
+        require(not holds, case.on, f"the codebook {hint}")
+    shuffled = same(numbers.sort(0).values, case.right) and not same(numbers, case.right)
+    require(not shuffled, case.on, "the codebook has the right numbers in another order")
+    yield "the codebook", numbers
+
+
+@exercise("right: seven numbers below zero, zero, eight above; at its own offset NF4's table", _numbers)
+def check_codebook() -> Iterator[Case]:
     """Checks `codebook(offset) -> sixteen numbers`: NF4's, for its own offset and for another one."""
     for offset in (nf4.OFFSET, 0.99):
-        on = f"offset {offset}"
-        got = as_tensor(ask(codebook, offset, on=on), on, "the codebook")
-        require(bool(got.isfinite().all()), on, "the codebook is not finite: ndtri(1) is infinite, offset is below 1")
         starts = (0.5, 9), (0.5, 8), (1 - offset, 16)
         up, down, even = (torch.special.ndtri(torch.linspace(start, offset, n).double()) for start, n in starts)
         want = torch.cat([-down.flip(0), up[1:]]) / up[-1]
@@ -46,37 +64,41 @@ def check_codebook(codebook: Any) -> None:
             "has no zero: sixteen even steps from 1 - offset to offset miss it": even / up[-1],
             "has zero twice, which wastes a code: eight steps lie above it": torch.cat([-down.flip(0), down]) / up[-1],
             "takes eight steps below zero, and loses one: seven reach -1": torch.cat([-want[8:15].flip(0), want[7:]]),
-            "holds probabilities: ndtri makes values of them": got if got.shape == (16,) and got.min() > 0 else None,
-            "has the right numbers in another order": got if same(got.sort(0).values, want) else None,
             "is that of offset 0.9677083: use the argument": nf4.nf4_codebook(),
-            "has 17 numbers, and four bits name 16: seven steps lie below zero": got if got.shape == (17,) else None,
         }
-        judge(got, want, hints, on, "the codebook")
-    print("right: seven numbers below zero, zero, eight above; at its own offset NF4's table")
+        yield Case(f"offset {offset}", (offset,), want, hints)
 
 
-def check_round_trip(round_trip: Any) -> None:
+def _trip(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    codes, absmax, back = parts(got, "codes, absmax, back", case.on)
+    yield "absmax", absmax
+    yield "codes", codes
+    byte = getattr(codes, "dtype", 0) is torch.uint8
+    require(byte, case.on, "codes should be torch.uint8: one byte each, not eight")
+    yield "back", back
+
+
+@exercise("right: codes, absmax and values are lorakit.layers.nf4's, with a block of zeros and a shorter one", _trip)
+def check_round_trip() -> Iterator[Case]:
     """Checks `round_trip(x, block_size) -> (codes, absmax, back)`: each against `lorakit.layers.nf4`."""
     for seed, (shape, size) in enumerate(TENSORS):
-        on, n = f"x {shape}, blocks of {size}", math.prod(shape)
+        n = math.prod(shape)
         x = random_matrix(n, seed=seed) * torch.linspace(0.5, 3, n)
         x[size : 2 * size] = 0
-        codes, absmax, back = parts(ask(round_trip, x.view(shape), size, on=on), "codes, absmax, back", on)
         want, scales = nf4.quantize(x, block_size=size)
         blocks = nn.functional.pad(x, (0, -n % size)).view(-1, size)
-        hints = {
+        absmax = {
             "is that of the whole tensor: each block has its own": x.abs().max(),
             "is the largest value: the largest magnitude may be that of a negative one": blocks.amax(1),
             "leaves out the last block, which is shorter": scales[:-1],
             "is that of rows: blocks run through the flattened values": x.view(-1, shape[-1]).abs().amax(1),
             "is 1 where the block is zero: guard the division alone": scales.where(scales > 1e-30, 1.0),
         }
-        judge(absmax, scales, hints, on, "absmax")
         each = scales.repeat_interleave(size)[:n]
         scaled = x / each.clamp(min=1e-38)
         above, nearest = torch.bucketize(scaled, CODES), torch.stack([want >> 4, want & 15], 1)
         rows, turned = nearest.flatten()[:n].int(), nearest.flip(1).flatten().int()
-        hints = {
+        codes = {
             "has a byte for each value: two codes of four bits fit in one": rows,
             "has the first value in the low half of a byte: it belongs in the high half": _packed(turned),
             "is 0 in a block of zeros, not 7: 0 / 0 is not a number": _packed(rows.where(each > 1e-30, 0)),
@@ -86,16 +108,15 @@ def check_round_trip(round_trip: Any) -> None:
             "takes even steps for the codebook's": _packed(((scaled + 1) * 7.5).round().int()),
             "is that of x: divide each block by its absmax first": _packed((x[:, None] - CODES).abs().argmin(1)),
         }
-        judge(codes, want, hints, on, "codes")
-        require(getattr(codes, "dtype", 0) is torch.uint8, on, "codes should be torch.uint8: one byte each, not eight")
-        hints = {
+        back = {
             "is x itself: make it from codes and absmax alone, and something is lost": x,
             "is in units of absmax: multiply each block by its own": CODES[rows],
             "takes other blocks' absmax: use repeat_interleave(block_size)": CODES[rows] * scales.repeat(size)[:n],
             "takes the low half of a byte first": CODES[turned[:n]] * each,
         }
-        judge(back, (CODES[rows] * each).view(shape), {k: v.view(shape) for k, v in hints.items()}, on, "back")
-    print("right: codes, absmax and values are lorakit.layers.nf4's, with a block of zeros and a shorter one")
+        back = (CODES[rows] * each).view(shape), {hint: wrong.view(shape) for hint, wrong in back.items()}
+        on = f"x {shape}, blocks of {size}"
+        yield Case(on, (x.view(shape), size), *in_parts((want, codes), (scales, absmax), back))
 
 
 def _packed(codes: Tensor) -> Tensor:
@@ -104,23 +125,21 @@ def _packed(codes: Tensor) -> Tensor:
     return codes[::2] * 16 + codes[1::2]
 
 
-def check_storage(storage: Any) -> None:
+@exercise("right: 4.5 and 4.127 bits a weight in blocks of 64, and every byte that NF4Linear keeps", "bits, n_bytes")
+def check_storage() -> Iterator[Case]:
     """Checks `storage(shapes, block_size, double_quant, absmax_block) -> (bits, n_bytes)`."""
     for base, shapes, size, double, many in BASES:
-        on = f"{base}, block_size {size}, double_quant {double}, absmax_block {many}"
-        bits, n_bytes = parts(ask(storage, shapes, size, double, many, on=on), "bits, n_bytes", on)
         want = 4 + 8 / size + 32 / (size * many) if double else 4 + 32 / size
         eight = f"has absmax in 8 bits{', but not the 32 for absmax_block of them' if double else ': it has 32 here'}"
-        hints = {
+        bits = {
             "is that of the codes alone: each block has an absmax": 4.0,
             "has absmax in 32 bits: double_quant stores it in 8": 4 + 32 / size,
             eight: 4 + 8 / size,
             "has 32 bits for absmax_block weights: they are for as many blocks": 4 + 8 / size + 32 / many,
             "is in bytes: a byte has 8 bits": want / 8,
         }
-        judge(bits, want, hints, on, "bits")
         count = partial(_stored, shapes, size, double, many)
-        hints = {
+        n_bytes = {
             "has everything in four bits: only *_proj.weight is": count(""),
             "has embeddings and head in four bits": count(("_proj.weight", "tokens.weight", "head.weight")),
             "has the head in four bits": count(("_proj.weight", "head.weight")),
@@ -132,8 +151,8 @@ def check_storage(storage: Any) -> None:
             "leaves out each weight's last block, which is shorter": count(last=math.floor),
             "is bits times weights: count the blocks of each, and round up": count(offset=0, up=float, last=float),
         }
-        judge(n_bytes, count(), hints, on, "n_bytes")
-    print("right: 4.5 and 4.127 bits a weight in blocks of 64, and every byte that NF4Linear keeps")
+        on = f"{base}, block_size {size}, double_quant {double}, absmax_block {many}"
+        yield Case(on, (shapes, size, double, many), *in_parts((want, bits), (count(), n_bytes)))
 
 
 def _stored(shapes, size, double, many, four="_proj.weight", rest=2, offset=4, up=math.ceil, last=math.ceil):
@@ -148,9 +167,9 @@ def _stored(shapes, size, double, many, four="_proj.weight", rest=2, offset=4, u
 
 def check_step(step: Any) -> None:
     """Checks `step(x, make_weight, A, B, s) -> y`: values, gradients, what is kept, and how often W is made."""
-    for d_out, d_in, rank, s, wants in STEPS:
-        on = f"W ({d_out}, {d_in}), r = {rank}, s = {s}{'' if wants else ', x without a gradient'}"
-        shapes = (d_out, d_in), (2, 3, d_in), (rank, d_in), (d_out, rank), (2, 3, d_out)
+    for d_out, d_in, rank, s, many, wants in STEPS:
+        on = f"W ({d_out}, {d_in}), x {(*many, d_in)}, r = {rank}, s = {s}{'' if wants else ', x without a gradient'}"
+        shapes = (d_out, d_in), (*many, d_in), (rank, d_in), (d_out, rank), (*many, d_out)
         W, x, A, B, dy = (random_matrix(*shape, seed=seed) for seed, shape in enumerate(shapes))
         made, given, kept = [], [], []
 
@@ -177,7 +196,7 @@ def check_step(step: Any) -> None:
         alive = made[0]() is not None or max(kept, default=0) >= W.numel()
         require(not alive, on, "W or something of its size is kept for the backward pass: keep make_weight instead")
         ask(wraps(step, updated=())(lambda y=y, dy=dy: y.backward(dy) or True), on=on)
-        x, dy = x.flatten(0, 1), dy.flatten(0, 1)
+        x, dy = x.flatten(0, -2), dy.flatten(0, -2)
         dxa = s * dy @ B
         hints = {"lacks the adapter's path, s dy B A": dy @ W, "lacks the path through W, dy W": dxa @ A}
         hints |= {"has the adapter's path unscaled": dy @ W + dxa @ A / s}
@@ -214,22 +233,35 @@ def check_four_bits(compare: Any) -> None:
     rates = f"the first step of LoRA moves a number by {moved[0]:.2g} and that of QLoRA by {moved[1]:.2g}"
     require(max(moved) < 1.5 * min(moved), on, f"{rates}: with AdamW that is the learning rate, the same for both")
     named = {arm: [*remove(model).parameters(), *model.buffers()] for arm, (model, _) in arms.items()}
-    sizes = {arm: sum(t.nbytes for t in tensors) for arm, tensors in named.items()}
-    losses, n = {arm: arms[arm][0](**collate(EXAMPLES)).loss for arm in arms}, sum(p.numel() for p in a[0])
-    for arm, other in (("LoRA", "QLoRA"), ("QLoRA", "LoRA")):
-        here, row = f"{on}, {arm}", record.get(arm) if isinstance(record, dict) else None
+    bases = []
+    for arm, tensors in named.items():
+        model, size = arms[arm][0], sum(t.nbytes for t in tensors)
+        weights, loss = sum(p.nbytes for p in model.parameters()), model(**collate(EXAMPLES)).loss.item()
+        bases.append((arm, size, weights, sum(t.numel() for t in tensors), loss))
+    bases, n = sorted(bases), sum(p.numel() for p in a[0])
+    for (arm, *_, loss), case in zip(bases, _records.cases(bases, n), strict=True):
+        here, row = case.on, record.get(arm) if isinstance(record, dict) else None
         require(isinstance(row, dict), here, f"expected a record, a dict, under {arm!r}, got {type(row).__name__}")
-        weights, values = sum(p.nbytes for p in arms[arm][0].parameters()), sum(t.numel() for t in named[arm])
-        hints = {"counts the adapter too": sizes[arm] + 4 * n, "is that of the other base": sizes[other]}
-        hints |= {"lacks model.buffers(): codes and absmax are there": weights, "is in values: ask for nbytes": values}
-        hints |= {"lacks model.parameters()": sizes[arm] - weights, "has 4 bytes a value: ask for nbytes": 4 * values}
-        judge(row.get("base_bytes"), sizes[arm], hints, here, "base_bytes")
-        judge(row.get("trained"), n, {"counts frozen numbers": n + weights // 4, "is in bytes": 4 * n}, here, "trained")
-        judge(row.get("first_loss"), losses[arm], {"is that of the other base": losses[other]}, here, "first_loss")
+        _records.judge([row.get(name) for name in ("base_bytes", "trained", "first_loss")], case)
         final, seconds = (as_tensor(row.get(name), here, name) for name in ("final_loss", "seconds"))
-        require(bool((final < losses[arm]).all()), here, "final_loss should be below first_loss")
+        require(bool((final < loss).all()), here, "final_loss should be below first_loss")
         require(bool((seconds > 0).all()), here, "seconds should be more than 0")
     print("right: the same start, steps and learning rate; each base's bytes, buffers included")
+
+
+@exercise("", "base_bytes, trained, first_loss")
+def _records(bases: Any = (("LoRA", 90, 80, 23, 3.0), ("QLoRA", 40, 24, 16, 3.1)), n: int = 7) -> Iterator[Case]:
+    """What records have of bases (arm, bytes, those of parameters, values, loss) whose adapters have n numbers."""
+    for (arm, size, weights, values, loss), (_, other, *_, others_loss) in zip(bases, bases[::-1], strict=True):
+        n_bytes = {"counts the adapter too": size + 4 * n, "is that of the other base": other}
+        n_bytes |= {
+            "lacks model.buffers(): codes and absmax are there": weights,
+            "is in values: ask for nbytes": values,
+        }
+        n_bytes |= {"lacks model.parameters()": size - weights, "has 4 bytes a value: ask for nbytes": 4 * values}
+        trained = {"counts frozen numbers": n + weights // 4, "is in bytes": 4 * n}
+        row = (size, n_bytes), (n, trained), (loss, {"is that of the other base": others_loss})
+        yield Case(f"a Llama of two layers, {arm}", (), *in_parts(*row))
 
 
 def _llama(made: list) -> nn.Module:

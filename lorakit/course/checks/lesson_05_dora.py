@@ -1,13 +1,16 @@
 """The checks of lesson 05's exercises: DoRA's weight, a change of rates, a start in the weight, ranks, a trade-off."""
 
 import math
+from collections.abc import Iterator
 from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
 from scipy.stats import t as student
+from torch import Tensor
 
-from lorakit.course.checks.grading import as_tensor, ask, judge, parts, random_matrix, require, same
+from lorakit.course.checks.exercise import Case, exercise, in_parts
+from lorakit.course.checks.grading import as_tensor, ask, parts, random_matrix, require, same
 from lorakit.experiments.stats import difference
 
 MATRICES = [(24, 40, 3, 1.5), (40, 24, 4, 0.5), (16, 16, 2, 2.0)]  # d_out, d_in, rank, s
@@ -29,18 +32,17 @@ ARMS = [  # name, accuracies of three seeds, seconds of a step, bytes
 ]
 
 
-def check_dora(dora: Any) -> None:
+@exercise("right: rows have the lengths m, and a fresh layer is its base", "weight, start")
+def check_dora() -> Iterator[Case]:
     """Checks `dora(W, A, B, s, m) -> (weight, start)`: what a DoRA layer applies, and the m of a fresh one."""
     for seed, (d_out, d_in, rank, s) in enumerate(MATRICES):
-        on = f"W ({d_out}, {d_in}), rank {rank}, s {s}"
         W, A, B = (
             random_matrix(*shape, seed=seed + k) for k, shape in enumerate([(d_out, d_in), (rank, d_in), (d_out, rank)])
         )
         m = random_matrix(d_out, seed=seed + 9).abs() + 0.5
-        weight, start = parts(ask(dora, W, A, B, s, m, on=on), "weight, start", on)
         V, rows = W + s * B @ A, m[:, None]
         length = V.norm(dim=1, keepdim=True)
-        hints = {
+        weight = {
             "has the norms of columns: one length for each output is the norm of a row": rows * V / V.norm(dim=0),
             "is divided by one number: every row has a length of its own": rows * V / V.norm(),
             "is not divided by the lengths of W + s B A": rows * V,
@@ -52,8 +54,7 @@ def check_dora(dora: Any) -> None:
             "is LoRA's": V,
             "is W alone, with new lengths: where is the update?": rows * W / W.norm(dim=1, keepdim=True),
         }
-        judge(weight, rows * V / length, hints, on, "weight")
-        hints = {
+        start = {
             "is that of columns: one number for each output": W.norm(dim=0),
             "is of ones: then every row would have length 1 at first": torch.ones(d_out),
             "is the argument m: what must it be, so that a fresh adapter (B zero) changes nothing?": m,
@@ -61,16 +62,15 @@ def check_dora(dora: Any) -> None:
             "is squared": W.square().sum(1),
             "should have shape (d_out,), without a second dimension": W.norm(dim=1, keepdim=True),
         }
-        judge(start, W.norm(dim=1), hints, on, "start")
-    print("right: rows have the lengths m, and a fresh layer is its base")
+        both = (rows * V / length, weight), (W.norm(dim=1), start)
+        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, A, B, s, m), *in_parts(*both))
 
 
-def check_equivalent(equivalent: Any) -> None:
+@exercise("right: at one rank a rate of B, from rank to rank an alpha that grows with the root", "ratio, new_alpha")
+def check_equivalent() -> Iterator[Case]:
     """Checks `equivalent(alpha, rank, new_rank) -> (ratio, new_alpha)`: rsLoRA said in LoRA's terms."""
     for alpha, rank, new in RANKS:
-        on = f"alpha {alpha:g}, rank {rank}, new_rank {new}"
-        ratio, new_alpha = parts(ask(equivalent, alpha, rank, new, on=on), "ratio, new_alpha", on)
-        hints = {
+        ratio = {
             "is rank: rsLoRA divides by its root": float(rank),
             "is upside down: rsLoRA's scale is the larger one": 1 / math.sqrt(rank),
             "is 1: the scales differ": 1.0,
@@ -78,52 +78,61 @@ def check_equivalent(equivalent: Any) -> None:
             "is LoRA's scale: the ratio of the two is wanted": alpha / rank,
             "is that of new_rank: it is asked for at rank": math.sqrt(new),
         }
-        judge(ratio, math.sqrt(rank), {k: v for k, v in hints.items() if v != math.sqrt(rank)}, on, "ratio")
         want = alpha * math.sqrt(new / rank)
-        hints = {
+        new_alpha = {
             "keeps s itself: rsLoRA lets it fall with the root of the rank": alpha * new / rank,
             "is alpha: then s falls with the rank": alpha,
             "is the scale: times new_rank it is alpha": want / new,
             "is upside down": alpha * math.sqrt(rank / new),
             "grows with the square: s sqrt(r) is kept, not s / r": alpha * (new / rank) ** 2,
         }
-        judge(new_alpha, want, {k: v for k, v in hints.items() if v != want}, on, "new_alpha")
-    print("right: at one rank a rate of B, from rank to rank an alpha that grows with the root")
+        both = (math.sqrt(rank), ratio), (want, new_alpha)
+        yield Case(f"alpha {alpha:g}, rank {rank}, new_rank {new}", (alpha, rank, new), *in_parts(*both))
 
 
-def check_pissa(pissa: Any) -> None:
+def _split(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    on, (W, rank, _) = case.on, case.inputs
+    A, B, residual = parts(got, "A, B, residual", on)
+    A, B, residual = (as_tensor(*each) for each in ((A, on, "A"), (B, on, "B"), (residual, on, "residual")))
+    require(residual.shape == W.shape, on, f"residual should have shape {tuple(W.shape)}, as W has")
+    for name, factor, shape in (("A", A, (rank, W.shape[1])), ("B", B, (len(W), rank))):
+        turned = f"got {tuple(factor.shape)}; is it transposed, or are A and B mixed up?"
+        require(factor.shape == shape, on, f"{name} should have shape {shape}, {turned}")
+    yield "the product B A", B @ A
+    yield "residual", W.double() - residual  # which is never zero, as the residual of a full rank is
+    shares = torch.stack([A.norm(dim=1), B.norm(dim=0)])
+    require(same(shares[0], shares[1]), on, "A and B do not share the singular values: each gets their roots")
+
+
+@exercise("right: the largest directions train, the rest stays, and nothing has changed yet", _split)
+def check_pissa() -> Iterator[Case]:
     """Checks `pissa(W, rank, s) -> (A, B, residual)`: products, shares and what is left; signs are free."""
     for seed, (d_out, d_in, rank, s) in enumerate(SPLITS):
-        on, W = f"W ({d_out}, {d_in}), rank {rank}, s {s}", random_matrix(d_out, d_in, seed=seed)
-        A, B, residual = parts(ask(pissa, W, rank, s, on=on), "A, B, residual", on)
-        A, B, residual = (as_tensor(*each) for each in ((A, on, "A"), (B, on, "B"), (residual, on, "residual")))
-        require(residual.shape == W.shape, on, f"residual should have shape {(d_out, d_in)}, as W has")
-        for name, got, shape in (("A", A, (rank, d_in)), ("B", B, (d_out, rank))):
-            turned = "; is it transposed, or are A and B mixed up?" if tuple(getattr(got, "shape", ())) != shape else ""
-            require(not turned, on, f"{name} should have shape {shape}, got {tuple(getattr(got, 'shape', ()))}{turned}")
+        W = random_matrix(d_out, d_in, seed=seed)
         U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-        top, low = (U[:, part] * S[part] @ Vh[part] for part in (slice(rank), slice(-rank, None)))
-        squares = U[:, :rank] * S[:rank].square() @ Vh[:rank]
-        hints = {
-            "is W's part itself: with the scale in front it must be that, so divide by s": top,
-            "holds the smallest directions: take the largest": low / s,
-            "has the singular values in both factors: each gets their root": squares / s,
-            "has no singular values": U[:, :rank] @ Vh[:rank] / s,
-            "is divided by s twice: by its root in each factor": top / s**2,
-            "is multiplied by s: divide": top * s,
+        top = slice(rank), S[:rank]
+        low = slice(-rank, None), S[-rank:] / s
+
+        def factors(part: slice, values: Tensor, U=U, Vh=Vh) -> tuple[Tensor, Tensor]:
+            return values.sqrt()[:, None] * Vh[part], U[:, part] * values.sqrt()
+
+        A, B = factors(top[0], top[1] / s)
+        update, keep = s * B @ A, W.double() - s * B @ A
+        wrong = {
+            "is W's part itself: with the scale in front it must be that, so divide by s": factors(*top),
+            "holds the smallest directions: take the largest": factors(*low),
+            "has the singular values in both factors: each gets their root": factors(top[0], top[1].square() / s),
+            "has no singular values": factors(top[0], torch.ones(rank).double() / s),
+            "is divided by s twice: by its root in each factor": factors(top[0], top[1] / s**2),
+            "is multiplied by s: divide": factors(top[0], top[1] * s),
         }
-        fair = {k: v for k, v in hints.items() if not same(v, top / s)}
-        judge(B @ A, top / s, fair, on, "the product B A")
-        hints = {
-            "is W: take s B A off": torch.zeros_like(W),
-            "lacks the scale: it is W - s B A": top / s,
-            "is the part that trains: the rest stays behind": W.double() - top,
-            "is W + s B A: take it off": -top,
+        wrong = {hint: (*pair, keep) for hint, pair in wrong.items()} | {
+            "is W: take s B A off": (A, B, W),
+            "lacks the scale: it is W - s B A": (A, B, W.double() - update / s),
+            "is the part that trains: the rest stays behind": (A, B, update),
+            "is W + s B A: take it off": (A, B, W.double() + update),
         }
-        judge(W.double() - residual, top, {k: v for k, v in hints.items() if not same(v.double(), top)}, on, "residual")
-        shares = torch.stack([A.norm(dim=1), B.norm(dim=0)])
-        require(same(shares[0], shares[1]), on, "A and B do not share the singular values: each gets their roots")
-    print("right: the largest directions train, the rest stays, and nothing has changed yet")
+        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, rank, s), (A, B, keep), wrong)
 
 
 def check_allocate(allocate: Any) -> None:
@@ -138,6 +147,7 @@ def check_allocate(allocate: Any) -> None:
         masks = ask(allocate, values, budget, on=on)
         named = isinstance(masks, dict) and set(masks) == set(SIZES)
         require(named, on, "expected a dict with a mask for each layer, by its name")
+        require(list(masks) == list(SIZES), on, "the layers are in another order than they came in")
         given = {kind: as_tensor(masks[kind], on, f"the mask of {kind}") for kind in SIZES}
         for kind, mask in given.items():
             whole = mask.shape == (SIZES[kind],) and bool(((mask == 0) | (mask == 1)).all())
@@ -158,40 +168,46 @@ def check_allocate(allocate: Any) -> None:
     print("right: the budget goes where it matters, and not one direction more")
 
 
-def check_tradeoff(tradeoff: Any) -> None:
+def _candidates(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    candidates, verdicts = parts(got, "candidates, verdicts", case.on)
+    names = [arm["name"] for arm in case.inputs[0]]
+    listed = isinstance(candidates, list | tuple | set) and all(isinstance(name, str) for name in candidates)
+    require(listed and set(candidates) <= set(names), case.on, "candidates should be a list of the arms' names")
+    require(len(set(candidates)) == len(candidates), case.on, "a candidate is named twice")
+    yield "candidates", set(candidates)
+    complete = isinstance(verdicts, dict) and set(verdicts) == set(names[1:])
+    require(complete, case.on, "verdicts should have one entry for each arm but the first")
+    yield "verdicts", verdicts
+
+
+@exercise("right: who is worth a look, and what three seeds can tell apart", _candidates)
+def check_tradeoff() -> Iterator[Case]:
     """Checks `tradeoff(arms) -> (candidates, verdicts)`: who is not beaten, and who differs from the first."""
     for arms in (ARMS, ARMS[:3], [ARMS[1], ARMS[0], *ARMS[3:5]]):
-        on = "arms " + ", ".join(arm["name"] for arm in arms)
-        candidates, verdicts = parts(ask(tradeoff, arms, on=on), "candidates, verdicts", on)
-        names = [arm["name"] for arm in arms]
-        listed = isinstance(candidates, list | tuple | set) and all(isinstance(name, str) for name in candidates)
-        require(listed and set(candidates) <= set(names), on, "candidates should be a list of the arms' names")
-        require(len(set(candidates)) == len(candidates), on, "a candidate is named twice")
-        _check_candidates(set(candidates), arms, on)
-        control, others = arms[0]["accuracy"], arms[1:]
-        require(isinstance(verdicts, dict) and set(verdicts) == {arm["name"] for arm in others}, on,
-                "verdicts should have one entry for each arm but the first")  # fmt: skip
-        want = {arm["name"]: difference(arm["accuracy"], control).verdict for arm in others}
-        if verdicts == want:
-            continue
-        hints = {
+        first, others = arms[0]["accuracy"], arms[1:]
+        rules = {
             "compare means alone: how much do seeds scatter?": lambda a, b: _verdict(fmean(a) - fmean(b), 0),
             "have 1.96 for t: with three seeds t is more than twice as large": lambda a, b: _interval(a, b, 1.96),
             "take deviations for errors of means: these are smaller by the root of n": lambda a, b: _interval(
-                a, b, None, 1),
+                a, b, n=1
+            ),
             "have more and less mixed up: the arm minus the first": lambda a, b: difference(b, a).verdict,
-            "pair the runs by their places: arms that were started apart are not paired": lambda a, b: difference(
-                a, b, paired=True).verdict,
+            "pair the runs by their places: arms that were started apart are not paired": lambda a, b: (
+                difference(a, b, paired=True).verdict
+            ),
             "ask whether two intervals overlap: that is not the interval of the difference": _overlap,
-        }  # fmt: skip
-        for hint, rule in hints.items():
-            require(verdicts != {arm["name"]: rule(arm["accuracy"], control) for arm in others}, on, f"verdicts {hint}")
-        wrong = next(name for name in want if verdicts[name] != want[name])
-        require(False, on, f"the verdict on {wrong} should be {want[wrong]!r}, got {verdicts[wrong]!r}")
-    print("right: who is worth a look, and what three seeds can tell apart")
+        }
+        want, *wrong = (
+            {arm["name"]: rule(arm["accuracy"], first) for arm in others}
+            for rule in (lambda a, b: difference(a, b).verdict, *rules.values())
+        )
+        both = _unbeaten(arms), (want, dict(zip(rules, wrong, strict=True)))
+        yield Case("arms " + ", ".join(arm["name"] for arm in arms), (arms,), *in_parts(*both))
 
 
-def _check_candidates(got: set, arms: list, on: str) -> None:
+def _unbeaten(arms: list) -> tuple[set, dict[str, set]]:
+    """The candidates, and what mistakes make of them."""
+
     def beaten(arm, by, least, measure):
         better = [measure(by["accuracy"]) - measure(arm["accuracy"])]
         better += [arm["seconds"] - by["seconds"], arm["bytes"] - by["bytes"]]
@@ -200,21 +216,19 @@ def _check_candidates(got: set, arms: list, on: str) -> None:
     def left(least=1, measure=fmean):
         return {arm["name"] for arm in arms if not any(beaten(arm, o, least, measure) for o in arms if o is not arm)}
 
-    best = max(arms, key=lambda arm: fmean(arm["accuracy"]))["name"]
-    hints = {
+    everybody = {arm["name"] for arm in arms}
+    return left(), {
         "drop equals: an arm is beaten only if another is better in something": left(0),
         "keep arms that another beats in one respect and equals in the others": left(3),
-        "are the most accurate arm alone: a smaller or faster one may be worth a look": {best},
-        "are those that are beaten: the others are asked for": {arm["name"] for arm in arms} - left(),
-        "are all arms": {arm["name"] for arm in arms},
+        "are the most accurate arm alone: a smaller or faster one may be worth a look": {
+            max(arms, key=lambda arm: fmean(arm["accuracy"]))["name"]
+        },
+        "are those that are beaten: the others are asked for": everybody - left(),
+        "are all arms": everybody,
         "are those by the best seed: take the mean": left(measure=max),
         "are those by the worst seed: take the mean": left(measure=min),
         "are those by the middle seed: take the mean": left(measure=median),
     }
-    for hint, names in hints.items():
-        require(got == left() or got != names, on, f"candidates {hint}")
-    wrong = sorted(map(str, got ^ left()))
-    require(not wrong, on, f"candidates are wrong about {', '.join(wrong)}")
 
 
 def _verdict(low: float, high: float) -> str:
@@ -222,10 +236,9 @@ def _verdict(low: float, high: float) -> str:
     return "higher" if low > 0 else "lower" if high < 0 or (high == 0 and low < 0) else "cannot be separated"
 
 
-def _interval(a: list, b: list, factor: float | None, n: int = 3) -> str:
+def _interval(a: list, b: list, factor: float = float(student.ppf(0.975, 4)), n: int = 3) -> str:
     mean, spread = fmean(a) - fmean(b), math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / n)
-    half = (float(student.ppf(0.975, 4)) if factor is None else factor) * spread
-    return _verdict(mean - half, mean + half)
+    return _verdict(mean - factor * spread, mean + factor * spread)
 
 
 def _overlap(a: list, b: list) -> str:

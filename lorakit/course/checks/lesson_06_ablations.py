@@ -1,12 +1,15 @@
 """The checks of lesson 06's exercises: how many seeds, the rank table, a paired verdict, confounds, a design."""
 
 import math
+import re
+from collections.abc import Iterator
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from scipy.stats import norm, t
 
-from lorakit.course.checks.grading import CheckFailed, ask, judge, require
+from lorakit.course.checks.exercise import Case, exercise, in_parts
+from lorakit.course.checks.grading import CheckFailed, ask, require
 from lorakit.experiments.records import expand
 from lorakit.experiments.stats import difference, mean_interval
 
@@ -47,15 +50,14 @@ DESIGNS = [  # ranks, alphas, rates, seconds a run, minutes
 ]
 
 
-def check_seeds_needed(seeds_needed: Any) -> None:
+@exercise("right: what a difference costs in seeds")
+def check_seeds_needed() -> Iterator[Case]:
     """Checks `seeds_needed(scatter, half) -> n`: how many seeds give a mean's 95 % interval that half width."""
     for scatter, half in SCATTERS:
-        on = f"scatter {scatter:g}, half {half:g}"
         want = _enough(lambda n: t.ppf(0.975, n - 1) / math.sqrt(n), scatter, half)
         hints = {hint: _enough(width, scatter, half) for hint, width in WIDTHS.items()}
         hints["is the last one that is too few"] = want - 1
-        judge(ask(seeds_needed, scatter, half, on=on), want, hints, on)
-    print("right: what a difference costs in seeds")
+        yield Case(f"scatter {scatter:g}, half {half:g}", (scatter, half), want, hints)
 
 
 WIDTHS = {  # mistake -> half an interval's width for n seeds of scatter 1
@@ -77,7 +79,22 @@ def _enough(width: Any, scatter: float, half: float) -> int:
     return next(n for n in range(2, 10_000) if scatter * width(n) <= half) if width else 1
 
 
-def check_rank_table(rank_table: Any) -> None:
+def _rows(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = [tuple(float(value) for value in row) for row in got]
+    except (TypeError, ValueError, RuntimeError):
+        rows = []
+    ranks = [row[0] for row in case.right]
+    require(bool(rows) and {len(row) for row in rows} == {5}, case.on, "expected a list of tuples of five numbers")
+    require(len(rows) == len(ranks), case.on, f"expected {len(ranks)} rows, one a rank, got {len(rows)}")
+    sorts = [row[0] for row in rows] == ranks
+    require(sorts, case.on, "the rows should be sorted by rank, the smallest first")
+    for rank, *row in rows:
+        yield from zip((f"rank {rank:g}, {name}" for name in ("trainable", "mean", "low", "high")), row, strict=True)
+
+
+@exercise("right: each rank at its own rate, with an interval over seeds", _rows)
+def check_rank_table() -> Iterator[Case]:
     """Checks `rank_table(runs) -> [(rank, trainable, mean, low, high), ...]`: each rank at its own best rate."""
     runs = [
         {"rank": rank, "lr": lr, "seed": seed, "trainable": 1000 * rank, "correct": correct}
@@ -86,30 +103,21 @@ def check_rank_table(rank_table: Any) -> None:
         for seed, correct in enumerate(accuracies)
     ]
     runs = runs[5::-1] + runs[:5:-1]
-    for chosen in (runs, [run for run in runs if run["rank"] in (4, 64)]):
-        ranks = sorted({run["rank"] for run in chosen})
+    for ranks in (sorted(ACCURACY), [4, 64]):
+        chosen = [run for run in runs if run["rank"] in ranks]
+        rows = [in_parts((rank, {}), *_row(rank, [ACCURACY[each] for each in ranks])) for rank in ranks]
+        wrong = {hint: [wrong[hint] for _, wrong in rows] for hint in rows[0][1]}
         on = f"{len(chosen)} runs of ranks {', '.join(map(str, ranks))}"
-        got = ask(rank_table, chosen, on=on)
-        try:
-            rows = [tuple(float(value) for value in row) for row in got]
-        except (TypeError, ValueError, RuntimeError):
-            rows = []
-        require(bool(rows) and {len(row) for row in rows} == {5}, on, "expected a list of tuples of five numbers")
-        require(len(rows) == len(ranks), on, f"expected {len(ranks)} rows, one a rank, got {len(rows)}")
-        require([row[0] for row in rows] == ranks, on, "the rows should be sorted by rank, the smallest first")
-        for rank, row in zip(ranks, rows, strict=True):
-            _check_row(ACCURACY[rank], row, f"{on}, rank {rank}", [ACCURACY[each] for each in ranks])
-    print("right: each rank at its own rate, with an interval over seeds")
+        yield Case(on, (chosen,), [right for right, _ in rows], wrong)
 
 
-def _check_row(rates: dict, row: tuple, on: str, all_rates: list[dict]) -> None:
-    """Compares one row of a rank table with the right one."""
-    _, trainable, mean, low, high = row
-    judge(trainable, 1000 * int(row[0]), {"is the rank: `trainable` is asked for": row[0]}, on, "trainable")
+def _row(rank: int, all_rates: list[dict]) -> list[tuple[float, dict[str, float]]]:
+    """Trainable, mean, low and high of a rank, each with what mistakes make of it."""
+    rates = ACCURACY[rank]
     best = max(rates.values(), key=fmean)
     every = [value for values in rates.values() for value in values]
     common = max(rates, key=lambda lr: fmean(fmean(each[lr]) for each in all_rates))
-    hints = {
+    means = {
         "is the best single run: one lucky seed is no result": max(every),
         "is the mean over all rates: bad rates are not the rank's fault": fmean(every),
         "is at the rate with the best single run: compare means over seeds": fmean(max(rates.values(), key=max)),
@@ -122,7 +130,6 @@ def _check_row(rates: dict, row: tuple, on: str, all_rates: list[dict]) -> None:
         ),
         "is the median": sorted(best)[1],
     }
-    judge(mean, fmean(best), hints, on, "mean")
     half = mean_interval(best)[2] - fmean(best)
     error = stdev(best) / math.sqrt(len(best))
     widths = {
@@ -134,12 +141,14 @@ def _check_row(rates: dict, row: tuple, on: str, all_rates: list[dict]) -> None:
         "is that of a 90 % interval: 2.5 % lie on either side": half * t.ppf(0.95, 2) / t.ppf(0.975, 2),
         "is t times the standard deviation: a mean scatters less, by sqrt(n)": half * math.sqrt(3),
     }
-    for name, value, sign, extreme in (("low", low, -1, min(best)), ("high", high, 1, max(best))):
+    row = [(1000 * rank, {"is the rank: `trainable` is asked for": rank}), (fmean(best), means)]
+    for sign, extreme in ((-1, min(best)), (1, max(best))):
         hints = {hint: fmean(best) + sign * width for hint, width in widths.items()}
         hints["is the worst or best seed"] = extreme
         hints["is on the other side of the mean: first low, then high"] = fmean(best) - sign * half
         hints["is the half width: add it to the mean"] = half
-        judge(value, fmean(best) + sign * half, hints, on, name)
+        row.append((fmean(best) + sign * half, hints))
+    return row
 
 
 def check_verdict(verdict: Any) -> None:
@@ -226,9 +235,13 @@ def check_design(design: Any) -> None:
         try:
             grid = ask(design, ranks, alphas, rates, seconds, minutes, on=on)
         except CheckFailed as failed:
-            if fit < 3 and isinstance(failed.__cause__, ValueError):
-                continue
-            raise
+            if fit >= 3 or not isinstance(failed.__cause__, ValueError):
+                raise
+            least = 3 * settings * seconds / 60
+            said = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(failed.__cause__))]
+            told = any(abs(number - least) < 0.06 for number in said)
+            require(told, on, f"the ValueError should say how many minutes three seeds need, {least:.1f}")
+            continue
         require(fit >= 3, on, f"{fit} seeds fit, and three are needed: expected a ValueError")
         require(isinstance(grid, dict), on, "expected a grid: a dict of parameter -> list of values")
         require(sorted(grid) == ["alpha", "lr", "rank", "seed"], on, "expected exactly rank, alpha, lr and seed")

@@ -84,7 +84,7 @@ def _jsonl(items: Sequence[Item]) -> str:
     return "".join(json.dumps(asdict(item)) + "\n" for item in items)
 
 
-def _databases_json(databases: Mapping[str, Sequence[Database]]) -> str:
+def databases_json(databases: Mapping[str, Sequence[Database]]) -> str:
     """One line a table."""
     lines = []
     for name, populations in databases.items():
@@ -123,7 +123,7 @@ def write_files(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{split}.jsonl": _jsonl(items) for split, items in splits.items()}
-    files["databases.json"] = _databases_json(databases)
+    files["databases.json"] = databases_json(databases)
     files["README.md"] = _card(splits, databases, files)
     write_atomically({folder / name: text.encode() for name, text in files.items()})
 

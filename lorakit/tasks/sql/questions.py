@@ -11,14 +11,14 @@ from lorakit._suggest import near_names
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
 from lorakit.tasks.sql.sandbox import Database, Table
-from lorakit.tasks.task import shuffled
+from lorakit.tasks.task import ChatItem, shuffled
 
 POPULATIONS = 3  # databases a table
 TABLES = words.TABLES | harder.TABLES
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(ChatItem):
     """One question with its query; `shape`, `template` and `table` say how it was made."""
 
     question: str
@@ -29,14 +29,9 @@ class Item:
     template: str
 
     @property
-    def prompt(self) -> str:
-        """What the model reads: one user turn with the schema and the question, then the opened assistant turn."""
-        return f"<|im_start|>user\n{self.schema}\n{self.question}<|im_end|>\n<|im_start|>assistant\n"
-
-    @property
-    def completion(self) -> str:
-        """What the model must write: the query and the end of the turn."""
-        return f"{self.answer}<|im_end|>"
+    def asked(self) -> str:
+        """The user's turn: the schema and the question."""
+        return f"{self.schema}\n{self.question}"
 
 
 def _columns(table: str, kind: type) -> list[str]:

@@ -11,21 +11,24 @@ import math
 import os
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 
 from lorakit._suggest import near_names
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
+from lorakit.tasks.sql import questions as edition_1
 from lorakit.tasks.sql.files import load_databases, read_items, write_files
 from lorakit.tasks.sql.harder_questions import harder_questions
-from lorakit.tasks.sql.questions import Item, populations, questions
+from lorakit.tasks.sql.questions import Item, questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Value, run_query
-from lorakit.tasks.task import shuffled
+from lorakit.tasks.sql.stranger import FOLDER, stranger_databases, stranger_items, stranger_tables
+from lorakit.tasks.task import CHATML, Task, paired, shuffled
 
 SPLIT_SIZES = {"train": 400, "iid": 256, "values": 256, "phrasings": 256, "tables": 256}  # items
 SPLITS = tuple(SPLIT_SIZES)
-__all__ = ["SPLITS", "SPLIT_SIZES", "Item", "execution_accuracy", "generate", "load_databases", "load_sql"]
-__all__ += ["populations", "same_rows", "write"]
+__all__ = ["SPLITS", "SPLIT_SIZES", "SQL", "Item", "execution_accuracy", "generate", "load_databases", "load_sql"]
+__all__ += ["populations", "same_rows", "sql_task", "write"]
 
 
 def generate(split: str, n: int | None = None, seed: int = 0, level: int = 1) -> list[Item]:
@@ -112,6 +115,25 @@ def _is_right(item: Item, answer: str, databases: Sequence[Database]) -> bool:
     return True
 
 
+def populations(table: str) -> list[Database]:
+    """The databases on which queries about one of the task's tables are compared.
+
+    There are three with other rows, since on a single one a wrong query often gives the right rows by accident.
+
+    Args:
+        table: name of a table of the task, the stranger's included; "orders, mayors" for one and the table that it is
+            linked to.
+
+    Raises:
+        ValueError: no such table.
+
+    Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
+    """
+    if FOLDER.is_dir() and table in stranger_tables():
+        return stranger_databases()[table]
+    return edition_1.populations(table)
+
+
 def execution_accuracy(
     items: Sequence[Item], answers: Sequence[str], databases: Mapping[str, Sequence[Database]] | None = None
 ) -> list[bool]:
@@ -131,20 +153,20 @@ def execution_accuracy(
     Raises:
         ValueError: the lengths differ, a table is unknown, or an item's own query fails.
     """
-    if len(items) != len(answers):
-        raise ValueError(f"expected one answer an item, got {len(answers)} answers for {len(items)} items")
+    pairs = paired(items, answers)
     known = databases if databases is not None else {table: populations(table) for table in {i.table for i in items}}
     for item in items:
         if not known.get(item.table):
             raise ValueError(f"expected a table with databases, {near_names(item.table, known)}")
-    return [_is_right(item, answer, known[item.table]) for item, answer in zip(items, answers, strict=True)]
+    return [_is_right(item, answer, known[item.table]) for item, answer in pairs]
 
 
 def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
     """Gives one split of the task, generated or read from a folder.
 
     Args:
-        split: one of `SPLITS`; with a folder, the name of any .jsonl file in it.
+        split: one of `SPLITS`, or "stranger" (see `data/sql/stranger`: to report, not to train or choose on); with a
+            folder, the name of any .jsonl file in it.
         folder: where to read; None generates the committed data anew.
 
     Returns:
@@ -153,7 +175,27 @@ def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
     Raises:
         ValueError: the split is unknown, or a line is not an item (the message names file and line).
     """
-    return generate(split) if folder is None else read_items(folder, split)
+    if folder is None:
+        return stranger_items() if split == "stranger" else generate(split)
+    return read_items(folder, split)
+
+
+def sql_task(level: int = 1) -> Task:
+    """The task at one of its levels; see `generate` and `execution_accuracy`."""
+    splits = (*SPLITS, "stranger") if level == 1 else SPLITS
+    return Task("sql", splits, partial(_draw, level=level), execution_accuracy, CHATML)
+
+
+def _draw(split: str, n: int | None, seed: int, level: int) -> list[Item]:
+    if split != "stranger":
+        return generate(split, n, seed, level)
+    items = stranger_items()
+    if not 0 <= (n or 0) <= len(items):
+        raise ValueError(f"expected n up to {len(items)}, the stranger's questions, got {n}")
+    return items[:n]
+
+
+SQL = sql_task()
 
 
 def write(folder: str | os.PathLike) -> None:

@@ -1,0 +1,254 @@
+"""LoRAConfig: what an adapter is, in one place, and in PEFT's words."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lorakit._suggest import near_names
+from lorakit.layers.dora import DoRALinear
+from lorakit.layers.lora import LoRALinear, ScaleRule, checked_scale
+from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
+
+# Settings of a peft.LoraConfig that leave LoRA plain, or that are read here; names follow PEFT 0.21.
+PLAIN = {
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
+    *("runtime_config", "ensure_weight_tying"),
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """All settings of an adapter, checked when they are put together.
+
+        config = lorakit.LoRAConfig(16, 32, scale_rule="rslora", targets=["q_proj", "v_proj"])
+        lorakit.inject(model, config)
+        peft.get_peft_model(model, peft.LoraConfig(**config.to_peft()))
+
+    Args:
+        rank: inner dimension of every adapter.
+        alpha: numerator of the scale.
+        dropout: probability in [0, 1) of zeroing an input of A during training.
+        scale_rule: a name of `SCALE_RULES`, or a function (alpha, rank) -> s.
+        targets: which layers, as in `find_targets`.
+        layer: the adapter's class, called as `layer(base, rank, alpha, ...)` with what differs from the defaults.
+        settings: further keywords of that class, such as PiSSA's `start` or DoRA's `detach_norm`.
+        rank_pattern: expression for a layer's name or its last parts -> its rank; the first that matches counts.
+        alpha_pattern: the same for alpha.
+
+    Raises:
+        ValueError: a setting is out of range, or the class does not know it.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    scale_rule: ScaleRule = "lora"
+    targets: str | Iterable[str] = "all-linear"
+    layer: Callable[..., nn.Module] = LoRALinear
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("settings", "rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        pairs = [(self.rank, self.alpha)]
+        pairs += [(rank, self.alpha) for rank in self.rank_pattern.values()]
+        pairs += [(self.rank, alpha) for alpha in self.alpha_pattern.values()]
+        for rank, alpha in pairs:
+            checked_scale(rank, alpha, self.dropout, self.scale_rule)
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            _compiled(pattern)
+        if not callable(self.layer):
+            raise ValueError(f"expected an adapter's class as layer, got {self.layer!r}")
+        known = inspect.signature(self.layer).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            for name in self._keywords():
+                if name not in known:
+                    who = getattr(self.layer, "__name__", "the layer")
+                    raise ValueError(f"expected a setting of {who}, {near_names(name, list(known)[3:])}")
+
+    def _keywords(self) -> dict[str, Any]:
+        """What the class is called with beside base, rank and alpha: only what is not its default anyway."""
+        own = {"dropout": self.dropout} if self.dropout else {}
+        return own | ({} if self.scale_rule == "lora" else {"scale_rule": self.scale_rule}) | self.settings
+
+    def at(self, name: str) -> tuple[int, float]:
+        """Rank and alpha of the layer of that name."""
+        return pattern_value(self.rank_pattern, name, self.rank), pattern_value(self.alpha_pattern, name, self.alpha)
+
+    def make(self, name: str, base: nn.Module) -> nn.Module:
+        """The adapter for one layer."""
+        return self.layer(base, *self.at(name), **self._keywords())
+
+    def to_peft(self) -> dict[str, Any]:
+        """The keywords of the `peft.LoraConfig` that means the same: `peft.LoraConfig(**config.to_peft())`.
+
+        A scale rule of one's own becomes the alpha that gives the same scale. The answer is plain values, without PEFT.
+
+        Raises:
+            ValueError: PEFT has no such layer or setting.
+        """
+        rule = self.scale_rule if self.scale_rule in ("lora", "rslora") else None
+        if rule is None and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "expected scale_rule 'lora' or 'rslora' beside patterns, got another: PEFT has no such rule"
+            )
+        targets = self.targets
+        if isinstance(targets, str) and targets != "all-linear":
+            whole = _between("^(?:", targets, ")")
+            targets = rf"(.*\.)?({targets})" if whole is None else whole
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha
+            if rule
+            else self.rank * checked_scale(self.rank, self.alpha, 0.0, self.scale_rule),
+            "lora_dropout": self.dropout,
+            "use_rslora": rule == "rslora",
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+        } | _method_to_peft(self.layer, self.settings)
+
+    @classmethod
+    def from_peft(cls, config: Any) -> "LoRAConfig":
+        """What a `peft.LoraConfig`, or its dict, means: plain LoRA, rsLoRA, DoRA, PiSSA or OLoRA.
+
+        Layers by index and exclusions become one regular expression in `targets`.
+
+        Raises:
+            ValueError: it is another method, has a setting that is not read here, or one that is out of range.
+        """
+        config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        method = config.get("peft_type", "LORA")
+        if method != "LORA":
+            raise ValueError(f"expected plain LoRA (peft_type 'LORA'), got {getattr(method, 'value', method)!r}")
+        for key, value in config.items():
+            if key not in PLAIN and value not in (None, False, "none", [], {}):
+                raise ValueError(f"expected plain LoRA, got {key} = {value!r}")
+        layer, settings = _method_from_peft(config)
+        return cls(
+            rank=config.get("r"),
+            alpha=config.get("lora_alpha"),
+            dropout=_read("lora_dropout", config, lambda value: value or 0.0),
+            scale_rule="rslora" if config.get("use_rslora") else "lora",
+            targets=_targets_from_peft(config),
+            layer=layer,
+            settings=settings,
+            rank_pattern=_read("rank_pattern", config, lambda value: dict(value or {})),
+            alpha_pattern=_read("alpha_pattern", config, lambda value: dict(value or {})),
+        )
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that the layer's name, or its last parts, match (PEFT's `get_pattern_key`)."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _method_to_peft(layer: Callable[..., nn.Module], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Which of PEFT's methods a layer is, in its settings."""
+    if layer is LoRALinear and not settings:
+        return {}
+    if layer is DoRALinear and settings.get("detach_norm", True) and not set(settings) - {"detach_norm"}:
+        return {"use_dora": True}
+    start = settings.get("start", pissa_start)
+    if layer is PiSSALinear and start in (pissa_start, olora_start):
+        return {"init_lora_weights": "pissa" if start is pissa_start else "olora"}
+    if layer is PiSSALinear and isinstance(start, partial) and start.func is pissa_start and not start.args:
+        return {"init_lora_weights": f"pissa_niter_{start.keywords['niter']}"}
+    who = getattr(layer, "__name__", layer)
+    raise ValueError(f"expected a layer that PEFT has, got {who} with {dict(settings)}")
+
+
+def _method_from_peft(config: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    start, dora = config.get("init_lora_weights", True), config.get("use_dora", False)
+    if start in (True, None):
+        return (DoRALinear if dora else LoRALinear), {}
+    quick = re.fullmatch(r"pissa_niter_(\d+)", str(start))
+    if not dora and (start in ("pissa", "olora") or quick):
+        if quick:
+            return PiSSALinear, {"start": partial(pissa_start, niter=int(quick[1]))}
+        return PiSSALinear, {} if start == "pissa" else {"start": olora_start}
+    raise ValueError(f"expected LoRA's usual start, pissa or olora, got init_lora_weights = {start!r}")
+
+
+def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
+    """`find_targets`' way to say which layers a config adapts (PEFT's `check_target_module_exists`)."""
+    targets = _read("target_modules", config, _names)
+    if not targets:
+        raise ValueError(f"expected a valid target_modules, got {targets!r}")
+    excluded = _read("exclude_modules", config, _names)
+    indices = _read(
+        "layers_to_transform", config, lambda value: [value] if isinstance(value, int) else list(value or [])
+    )
+    if not all(type(index) is int for index in indices):
+        raise ValueError(f"expected a valid layers_to_transform, got {indices!r}")
+    if isinstance(targets, str):
+        if not excluded:
+            inner = _between(r"(.*\.)?(", targets, ")")
+            return targets if targets == "all-linear" else inner or f"^(?:{targets})"
+        if targets == "all-linear":
+            raise ValueError("expected targets by name beside exclude_modules, got 'all-linear'")
+        indices = []  # PEFT does not look at them either
+    elif not (excluded or indices):
+        return targets
+    ahead = rf"(?!(?:{_expression(excluded)})\Z)" if excluded else ""
+    if indices:
+        lists = _read("layers_pattern", config, lambda value: [value] if isinstance(value, str) else list(value or []))
+        at = rf"(?>(?:|.*?\.)(?:{'|'.join(lists) or '[^.]*'})\.(?=\d+\.))(?:{'|'.join(map(str, indices))})\."
+        ahead += f"(?={at})"
+    expression = f"^{ahead}(?:{_expression(targets)})"
+    _compiled(expression)
+    return expression
+
+
+def _names(value: Any) -> str | list[str]:
+    """A regular expression, or a list of names."""
+    if isinstance(value, str):
+        return _compiled(value)
+    names = sorted(value) if isinstance(value, set | frozenset) else list(value or [])
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(names)
+    return names
+
+
+def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+    value = config.get(key)
+    try:
+        return read(value)
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"expected a valid {key}, got {value!r}") from None
+
+
+def _expression(targets: str | list[str]) -> str:
+    """A regular expression for whole names: what PEFT's list of names means, or the one that it has."""
+    return targets if isinstance(targets, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
+
+
+def _compiled(expression: str) -> str:
+    """The expression itself, once it is seen to be one."""
+    try:
+        re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"expected a regular expression, got {expression!r}: {error}") from None
+    return expression
+
+
+def _between(start: str, text: str, end: str) -> str | None:
+    """What a group that is the whole text encloses, None if the text is no such group."""
+    inner = text[len(start) : len(text) - len(end)]
+    try:
+        re.compile(inner)
+    except re.error:
+        return None
+    return inner if text == start + inner + end else None
