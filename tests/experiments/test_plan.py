@@ -15,6 +15,7 @@ from lorakit.tasks.facts import facts
 
 RUNS = """
 import random
+import tabnanny
 from dataclasses import dataclass
 
 from neighbour import OFFSET
@@ -30,7 +31,8 @@ def square(x):
 
 @pytest.fixture
 def plan(tmp_path):
-    (tmp_path / "random.py").write_text("raise ImportError('the plan has shadowed the standard library')\n")
+    for name in ("random", "tabnanny"):  # loaded long before, and not yet
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the plan has shadowed the standard library')\n")
     (tmp_path / "neighbour.py").write_text("OFFSET = 100\n")
     (tmp_path / "runs.py").write_text(RUNS)
     (tmp_path / "plan.yaml").write_text("function: runs.py:square\ngrid: {x: [1, 2, 3]}\njobs: 2\n")
