@@ -249,7 +249,9 @@ def training():
 
 def many():
     """Eight adapters of the tiny base at once, against PEFT one by one; ranks 1 to 16, 60 steps each."""
-    specs = [Spec(lorakit.LoRAConfig(rank, 2 * rank), 1e-3, seed=i) for i, rank in enumerate((1, 2, 4, 4, 8, 8, 16, 16))]
+    specs = [
+        Spec(lorakit.LoRAConfig(rank, 2 * rank), 1e-3, seed=i) for i, rank in enumerate((1, 2, 4, 4, 8, 8, 16, 16))
+    ]
     model, tokenizer = lorakit.load_model("tiny")
     items = encoded(tokenizer, facts(48, 1))
 

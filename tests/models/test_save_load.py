@@ -75,7 +75,9 @@ def test_a_second_load_fills_the_same_parameters(saved):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rank": 4}, {"alpha": 4}, {"targets": ["q_proj"]}, {"scale_rule": "lora"}], ids=lambda s: next(iter(s))
+    "settings",
+    [{"rank": 4}, {"alpha": 4}, {"targets": ["q_proj"]}, {"scale_rule": "lora"}],
+    ids=lambda s: next(iter(s)),
 )
 def test_loading_over_other_adapters_is_refused(saved, settings):
     folder, _ = saved
