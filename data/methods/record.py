@@ -326,10 +326,15 @@ STUDIES = {
     "starts": starts,
 }
 
+
+def main(*names):
+    for name in names or STUDIES:
+        STUDIES[name]()
+
+
 if __name__ == "__main__":
     single = {"--cost-of": print_cost, "--memory-of": print_memory}.get(sys.argv[1] if sys.argv[1:] else "")
     if single:
         single(sys.argv[2])
     else:
-        for name in sys.argv[1:] or STUDIES:
-            STUDIES[name]()
+        main(*sys.argv[1:])

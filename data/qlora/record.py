@@ -151,9 +151,14 @@ def budget(model, **settings):
 
 STUDIES = {"costs": (cost, COSTS), "trainings": (run, TRAININGS), "budgets": (budget, BUDGETS)}
 
+
+def main(*names):
+    for name in names or STUDIES:
+        sweep(*STUDIES[name], HERE / name, command=f"python data/qlora/record.py {name}")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--cost"]:
         print_cost(**json.loads(sys.argv[2]))
     else:
-        for name in sys.argv[1:] or STUDIES:
-            sweep(*STUDIES[name], HERE / name, command=f"python data/qlora/record.py {name}")
+        main(*sys.argv[1:])

@@ -138,5 +138,9 @@ def run(**how):
     }
 
 
-if __name__ == "__main__":
+def main():
     sweep(run, GRID, FOLDER, command="python data/sft/record.py")
+
+
+if __name__ == "__main__":
+    main()
