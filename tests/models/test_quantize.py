@@ -228,7 +228,7 @@ def test_the_guard_can_be_taken_back(monkeypatch):
 def test_a_block_guards_new_layers_and_a_models_and_then_all_is_as_before(monkeypatch):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
     layer = layer4bit()
-    with pytest.raises(KeyError), repacking.repacking_prevented(nn.Sequential(layer)):
+    with pytest.raises(KeyError), repacking.repacking_prevented(nn.Sequential(layer)):  # noqa: PT012
         answered(layer)
         assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
         inside = layer4bit()
