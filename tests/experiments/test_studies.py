@@ -1,7 +1,6 @@
 """Every recorded study is complete: its script would make no run, and the records are those that it asks for."""
 
-import importlib
-import sys
+import importlib.util
 
 import pytest
 from helpers.studies import DATA, load_study
@@ -43,4 +42,3 @@ def test_every_folder_of_records_belongs_to_a_study():
     assert {folder.name for folder in FOLDERS} == {"intrinsic", "lowrank", "merging", "methods", "qlora", "sft"}
     assert not [path for path in DATA.glob("*/results*.json")]
     assert importlib.util.find_spec("lorakit.experiments.recorded") is None
-    assert "record" not in sys.modules
