@@ -239,7 +239,11 @@ def write(folder: str | os.PathLike, card: str | os.PathLike, plans: Sequence[Pl
     write_atomically({Path(card): text.encode()})
 
 
-if __name__ == "__main__":
-    for each in PLANS:
-        record(FOLDER, each)
+def main() -> None:
+    for plan in PLANS:
+        record(FOLDER, plan)
     write(FOLDER, Path(__file__).with_name("README.md"))
+
+
+if __name__ == "__main__":
+    main()

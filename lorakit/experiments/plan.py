@@ -51,9 +51,14 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _grid(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, Mapping) for part in parts)
+
+
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "function": ("file.py:name or package.module:name", lambda value: isinstance(value, str)),
-    "grid": ("a mapping of parameters to values, or several,", lambda value: isinstance(value, Mapping | list)),
+    "grid": ("a mapping of parameters to values, or several,", _grid),
     "folder": ("a folder's name", lambda value: isinstance(value, str)),
     "jobs": ("a whole number", lambda value: _whole(value) and value != 0),
     "together": ("a list of parameters", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),

@@ -1,6 +1,5 @@
 """Intrinsic dimension: d90 read off by hand, runs that resume after a kill, and the recorded results and their card."""
 
-import json
 import math
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from helpers.studies import load_study
@@ -17,28 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit import load_model
-from lorakit.experiments import intrinsic
-from lorakit.experiments.intrinsic import (
-    PLANS,
-    Arm,
-    Plan,
-    chosen,
-    d90,
-    d90_by_seed,
-    next_run,
-    read,
-    record,
-    results,
-    run,
-)
+from lorakit.experiments.intrinsic import Arm, at_tuned_rate, d90, d90_by_seed, tuned_rates
+from lorakit.experiments.records import frame
 from lorakit.experiments.stats import mean_interval
 from lorakit.layers.subspace import RandomSubspace
+from lorakit.models.manifest import sha256
 
-FILE = "results.json"
-CARD = load_study("intrinsic")
+STUDY = load_study("intrinsic")
 ROOT = Path(__file__).resolve().parents[2]
-RECORDED = ROOT / "data" / "intrinsic"
-SMALL = Plan(
+SMALL = STUDY.Plan(
     dimensions=(16, 64),
     subspace_steps=(1e-3, 3e-3),
     ranks=(1,),
@@ -49,6 +36,7 @@ SMALL = Plan(
     steps=2,
     batch_size=4,
 )
+TOTAL = (1 + 2) + 2 * (2 + 2) + (1 + 2)
 
 
 # ---- d90 ----
@@ -113,107 +101,105 @@ def test_a_step_moves_a_parameter_equally_in_every_subspace():
 
 
 def test_a_run_is_a_function_of_its_seed():
-    first, again, other = (run(Arm("subspace", 64), 3e-3, seed, SMALL) for seed in (1, 1, 2))
-    steady = {key: value for key, value in first.items() if key != "cpu_seconds"}
-    assert steady == {key: value for key, value in again.items() if key != "cpu_seconds"}
+    setting = next(each for each in SMALL.tuning() if each["kind"] == "subspace")
+    first, again, other = (STUDY.run(**setting | {"seed": seed}) for seed in (1, 1, 2))
+    assert {**first, "cpu_seconds": 0} == {**again, "cpu_seconds": 0}
     assert first["loss"] != other["loss"]
-    assert {"recall", "loss", "versions", "device", "command", "lr", "seed", "size"} <= set(first)
+    assert first["trainable"] == 16
 
 
-def fake_run(arm, lr, seed, plan):
+def test_the_tuning_seed_chooses_and_does_not_count():
+    rows = [
+        ("a", 1, 0.1, 0, 0.5, 1.0),
+        ("a", 1, 0.2, 0, 0.5, 0.9),  # as good, at a lower loss
+        ("a", 1, 0.3, 0, 0.4, 0.1),
+        ("a", 1, 0.2, 1, 0.7, 0.0),
+        ("a", 1, 0.3, 1, 0.9, 0.0),
+        ("b", 1, 0.3, 0, 1.0, 0.0),
+        ("b", 1, 0.3, 2, 0.8, 0.0),
+    ]
+    runs = pd.DataFrame(rows, columns=["kind", "size", "lr", "seed", "recall", "loss"])
+    assert tuned_rates(runs[runs.seed == 0]).set_index("kind").lr.to_dict() == {"a": 0.2, "b": 0.3}
+    assert at_tuned_rate(runs)[["kind", "seed", "recall"]].values.tolist() == [["a", 1, 0.7], ["b", 2, 0.8]]
+
+
+def fake_run(kind, size, lr, seed, **how):
     """More dimensions and the larger rate are better; instant."""
-    recall = min(1.0, arm.size / 64) * (1.0 if lr > 2e-3 else 0.5) if arm.kind == "subspace" else 1.0
-    return asdict(arm) | {"seed": seed, "lr": lr, "recall": recall, "loss": 1 - recall, "known_recall": 0.1} | {
-        "trainable": max(arm.size, 1), "cpu_seconds": 1.0, "device": "none", "versions": {"torch": "0"}, "command": ""
-    }  # fmt: skip
+    recall = min(1.0, size / 64) * (1.0 if lr > 2e-3 else 0.5) if kind == "subspace" else 1.0
+    return {"recall": recall, "loss": 1 - recall, "known_recall": 0.1, "trainable": max(size, 1), "cpu_seconds": 1.0}
 
 
-def test_missing_runs_alone_are_done_and_in_order(tmp_path, monkeypatch):
-    calls = []
+def test_arms_are_tuned_then_repeated_and_only_what_is_missing_is_made(tmp_path, monkeypatch):
+    calls, folder = [], tmp_path / "trainings"
 
-    def dying(*args):
-        calls.append(args[:3])
+    def dying(**setting):
+        calls.append(tuple(setting.values()))
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return fake_run(*args)
+        return fake_run(**setting)
 
-    monkeypatch.setattr(intrinsic, "run", dying)
+    monkeypatch.setattr(STUDY, "run", dying)
     with pytest.raises(KeyboardInterrupt):
-        record(tmp_path, FILE, SMALL, show=False)
-    assert read(tmp_path)[0] == SMALL
-    assert len(read(tmp_path)[1]) == 4
-    runs = record(tmp_path, FILE, SMALL, show=False)
-    total = (1 + 2) + 2 * (2 + 2) + (1 + 2)
-    assert len(runs) == total
-    assert len(calls) == total + 1, "one was tried twice"
-    assert len(set(calls)) == total
-    assert record(tmp_path, FILE, SMALL, show=False) == runs
-    assert len(calls) == total + 1, "a complete record is not run again"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json"]
-    assert chosen(SMALL, runs, Arm("subspace", 64))["lr"] == 3e-3
-    assert [each["seed"] for each in results(SMALL, runs, Arm("subspace", 64))] == [1, 2]
-    assert d90_by_seed(SMALL, runs) == pytest.approx({seed: 16 * 4 ** (0.65 / 0.75) for seed in (1, 2)})
-    CARD.write(tmp_path, [FILE])
+        STUDY.record(folder, SMALL, show=False)
+    assert len(frame(folder)) == 4
+    with pytest.raises(ValueError, match="expected 6 tuning runs of 4 facts, got 4"):
+        STUDY.read(folder, SMALL)
+    runs = STUDY.record(folder, SMALL, show=False)
+    assert len(runs) == TOTAL
+    assert len(calls) == TOTAL + 1, "one was tried twice"
+    assert len(set(calls)) == TOTAL
+    assert STUDY.record(folder, SMALL, show=False).equals(runs)
+    assert len(calls) == TOTAL + 1, "a complete record is not run again"
+    tuned = at_tuned_rate(STUDY.read(folder, SMALL))
+    of_64 = tuned[(tuned.kind == "subspace") & (tuned["size"] == 64)]
+    assert of_64[["lr", "seed"]].values.tolist() == [[3e-3, 1], [3e-3, 2]]
+    assert d90_by_seed(tuned) == pytest.approx({seed: 16 * 4 ** (0.65 / 0.75) for seed in (1, 2)})
+    STUDY.write(folder, tmp_path / "README.md", [SMALL])
     assert "(edge)" in (tmp_path / "README.md").read_text()
-
-
-def test_the_card_waits_for_the_last_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(intrinsic, "run", fake_run)
-    record(tmp_path, FILE, SMALL, show=False)
-    stored = json.loads((tmp_path / "results.json").read_text())
-    stored["runs"].pop()
-    (tmp_path / "results.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="to be complete, got 13 runs"):
-        CARD.write(tmp_path, [FILE])
+    next(folder.glob("*.json")).unlink()
+    with pytest.raises(ValueError, match=r"runs of 4 facts, got"):
+        STUDY.write(folder, tmp_path / "README.md", [SMALL])
 
 
 def test_another_plan_or_base_does_not_mix(tmp_path, monkeypatch):
-    monkeypatch.setattr(intrinsic, "run", fake_run)
-    record(tmp_path, FILE, SMALL, show=False)
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(ValueError, match="got others"):
-        record(tmp_path, FILE, replace(SMALL, steps=3), show=False)
-    monkeypatch.setattr(intrinsic, "sha256", lambda path: "another")
-    with pytest.raises(ValueError, match="got others"):
-        record(tmp_path, FILE, SMALL, show=False)
-    assert (tmp_path / "results.json").read_bytes() == before
+    monkeypatch.setattr(STUDY, "run", fake_run)
+    STUDY.record(tmp_path, SMALL, show=False)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert len(STUDY.record(tmp_path, replace(SMALL, steps=3), show=False)) == TOTAL
+    monkeypatch.setattr(STUDY, "sha256", lambda path: "another")
+    with pytest.raises(ValueError, match="got 0"):
+        STUDY.read(tmp_path, SMALL)
+    assert len(STUDY.record(tmp_path, SMALL, show=False)) == TOTAL
+    assert len(list(tmp_path.glob("*.json"))) == 3 * TOTAL
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
-@pytest.mark.long
 def test_a_killed_process_loses_one_run_at_most(tmp_path):
     code = f"""
-from lorakit.experiments.intrinsic import Plan, record
-record({str(tmp_path)!r}, {FILE!r}, Plan(**{asdict(SMALL)!r}), show=False)
+from helpers.studies import load_study
+study = load_study("intrinsic")
+study.record({str(tmp_path)!r}, study.Plan(**{asdict(SMALL)!r}), show=False)
 """
-    file = tmp_path / "results.json"
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (file.exists() and len(read(tmp_path)[1]) >= 2):
+    while time.monotonic() < deadline and len(list(tmp_path.glob("*.json"))) < 2:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = read(tmp_path)[1]
-    assert 2 <= len(before) < 14, "killed too late"
-    runs = record(tmp_path, FILE, SMALL, show=False)
-    assert runs[: len(before)] == before
-    assert next_run(SMALL, runs) is None
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert 2 <= len(before) < TOTAL, "killed too late"
+    assert len(STUDY.record(tmp_path, SMALL, show=False)) == TOTAL
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 # ---- what is recorded ----
 
 
 def test_the_records_are_complete_and_their_card_is_computed_from_them(tmp_path):
-    for file, plan in PLANS.items():
-        stored, runs = read(RECORDED, file)
-        assert stored == plan
-        assert next_run(plan, runs) is None
-        (tmp_path / file).write_bytes((RECORDED / file).read_bytes())
-    CARD.write(tmp_path)
-    assert (tmp_path / "README.md").read_bytes() == (RECORDED / "README.md").read_bytes()
+    STUDY.write(STUDY.FOLDER, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_bytes() == (STUDY.FOLDER.parent / "README.md").read_bytes()
 
 
-@pytest.mark.parametrize("file", PLANS)
-def test_a_record_is_that_of_the_committed_base(file):
-    stored = json.loads((RECORDED / file).read_text())
-    manifest = json.loads((ROOT / "data" / "tiny" / "lorakit_manifest.json").read_text())
-    assert stored["base_sha256"] == manifest["files"]["model.safetensors"]["sha256"]
+def test_the_records_are_those_of_the_committed_base():
+    assert set(frame(STUDY.FOLDER).base_sha256) == {sha256(ROOT / "data" / "tiny" / "model.safetensors")}

@@ -14,7 +14,7 @@ import pytest
 
 from lorakit import cli
 from lorakit.experiments.plan import load_plan
-from lorakit.experiments.records import expand, frame, read_record, record_path, survey, write_record
+from lorakit.experiments.records import expand, frame, read_record, read_records, record_path, survey, write_record
 from lorakit.experiments.sweep import sweep
 
 GRID = {"x": [1, 2, 3], "seed": range(2)}
@@ -107,6 +107,40 @@ def test_a_failed_run_is_recorded_and_tried_again_only_on_request(tmp_path):
     assert sweep(run, grid, tmp_path, retry=True, show=False).y.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("together", [(), ("x",)])
+def test_a_run_that_exits_has_failed_alone_and_one_that_is_stopped_stops_all(tmp_path, together):
+    def run(*settings, **setting):
+        for each in settings[0] if settings else [setting]:
+            if each["x"] == 2:
+                raise stop
+        return [{"y": each["x"]} for each in settings[0]] if settings else {"y": setting["x"]}
+
+    stop = SystemExit("bad setting")
+    found = sweep(run, {"x": [1, 2, 3]}, tmp_path, together=together, show=False)
+    assert found.y.tolist()[::2] == [1, 3]
+    assert "SystemExit: bad setting" in found.error[1]
+    stop = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(run, {"x": [4, 2, 5]}, tmp_path, together=together, retry=True, show=False)
+    assert "SystemExit" in frame(tmp_path, [{"x": 2}]).error[0]
+
+
+def test_rows_are_ordered_by_their_settings(tmp_path):
+    for setting in expand([{"arm": ["b", "a"], "lr": [1e-2, 3e-3, 2]}, {"arm": "a", "lr": None}]):
+        write_record(tmp_path, setting, result={}, error="", seconds=1.0, device="none")
+    found = [(record["settings"]["arm"], record["settings"]["lr"]) for record in read_records(tmp_path)]
+    assert found == [(arm, lr) for arm in "ab" for lr in (3e-3, 1e-2, 2, None)][:-1]
+    assert frame(tmp_path).arm.tolist() == [arm for arm, _ in found]
+    assert read_records(tmp_path)[0]["device"] == "none"
+
+
+def test_seconds_that_nobody_noted_are_no_guide(tmp_path):
+    write_record(tmp_path, {"x": 1}, result={"y": 1}, error="", seconds=None)
+    state = survey(tmp_path, expand({"x": [1, 2]}))
+    assert str(state) == "1 runs done, 0 failed, 1 to make"
+    assert frame(tmp_path).seconds.isna().all()
+
+
 @pytest.mark.parametrize(
     "result", [None, {"x": 1}, {"error": 1}, {"seconds": 1}, {"y": object()}], ids=["none", "x", "error", "s", "object"]
 )
@@ -114,13 +148,19 @@ def test_a_result_that_cannot_be_recorded_is_a_failed_run(tmp_path, result):
     assert "expected" in sweep(lambda x: result, {"x": [1]}, tmp_path, show=False).error[0]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "renamed"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "renamed", "nested"])
 def test_a_damaged_record_is_set_aside_reported_and_made_again(tmp_path, damage, capsys):
     whole = sweep(square, GRID, tmp_path, show=False)
     path, other = (record_path(tmp_path, {"x": 2, "seed": seed}) for seed in (0, 1))
     text = path.read_text()
     path.write_text(
-        {"cut": text[:80], "flipped": text.replace('"y": 4', '"y": 5'), "empty": "", "renamed": text}[damage]
+        {
+            "cut": text[:80],
+            "flipped": text.replace('"y": 4', '"y": 5'),
+            "empty": "",
+            "renamed": text,
+            "nested": "[" * 100_000,
+        }[damage]
     )
     if damage == "renamed":
         os.replace(path, other)  # another run's name
@@ -147,8 +187,9 @@ def test_runs_that_are_alike_are_made_in_one_call(tmp_path):
     assert [len(call) for call in calls] == [4, 2, 4, 2]
     assert all(len({s["task"] for s in call}) == 1 for call in calls)
     assert found.y.tolist() == [x * seed for _ in "ab" for x in (1, 2, 3) for seed in (0, 1)]
-    with pytest.raises(ValueError, match="ranks"):
-        sweep(run, grid, tmp_path, together=["ranks"], show=False)
+    for wrong in (["ranks"], "x"):
+        with pytest.raises(ValueError, match=r"expected .*parameters"):
+            sweep(run, grid, tmp_path, together=wrong, show=False)
 
 
 def test_of_runs_in_one_call_only_the_culprit_fails(tmp_path):

@@ -1,6 +1,5 @@
 """Laws of low rank: Eckart-Young, measures of rank, subspaces, counts, and training in a random subspace."""
 
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from lorakit.experiments.records import frame, read_records
 from lorakit.layers import lowrank
 from lorakit.layers.subspace import RandomSubspace
 
@@ -324,12 +324,14 @@ def test_a_frozen_model_is_refused():
 
 
 def test_the_recorded_similarities_are_those_of_the_stored_matrices():
-    record = json.loads((RECORD / "results.json").read_text(encoding="utf-8"))
     stored = load_file(RECORD / "adapters.safetensors")
     layer = "model.layers.15.self_attn.q_proj"
-    for pair, recorded in record["one layer"].items():
-        left, right, letter = pair.split()
-        a, b = (stored[f"{arm}/{layer}/{letter}"] for arm in (left, right))
-        a, b = (a, b) if letter == "A" else (a.T, b.T)
-        assert math.isclose(lowrank.subspace_similarity(a, b, 8, 8), recorded, abs_tol=1e-4)
-    assert {run["rank"] for run in record["runs"].values()} == {8, 64}
+    pairs = read_records(RECORD / "pairs")
+    for pair in pairs:
+        arms = pair["settings"]["left"], pair["settings"]["right"]
+        for letter, recorded in pair["result"]["one layer"].items():
+            a, b = (stored[f"{arm}/{layer}/{letter}"] for arm in arms)
+            a, b = (a, b) if letter == "A" else (a.T, b.T)
+            assert math.isclose(lowrank.subspace_similarity(a, b, 8, 8), recorded, abs_tol=1e-4)
+    assert len(pairs) == 3
+    assert frame(RECORD / "trainings")["rank"].tolist() == [8, 64, 64]
