@@ -264,7 +264,11 @@ def test_it_is_a_function_of_its_seed():
         (("train",), {"version": 2, "frames": 0}, "between 1 and 4.*got 0"),
         (("train",), {"version": 2, "tables": 1000}, "between 1 and 42 .*got 1000"),
         (("train", -1), {"version": 2}, "got -1"),
-        (("values", 500), {"version": 2, "frames": 1, "tables": 1}, r"about \d+, the questions of 'values'.* got 500"),
+        (
+            ("values", 3000),
+            {"version": 2, "frames": 1, "tables": 1},
+            r"about \d+, the questions of 'values'.* got 3000",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, more, word):
