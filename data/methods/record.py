@@ -28,8 +28,7 @@ from lorakit.cost.memory import peak_bytes, returning_memory
 from lorakit.experiments.sweep import sweep
 from lorakit.layers.dora import magnitude_direction
 from lorakit.models.targets import find_targets
-from lorakit.speed.activations import lean
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 from lorakit.tasks.facts import facts as new_facts
 from lorakit.tasks.facts import recall
 from lorakit.tasks.sql.task import execution_accuracy
@@ -109,7 +108,7 @@ def train(name, model, examples, **recipe):
     """`fit`; the same recipe in plain operations for the two methods whose loss is not that of the logits alone."""
     if name in ("AdaLoRA", "prompt tuning"):
         allocate = getattr(model.base_model, "update_and_allocate", None)
-        with fast(model, 70 * recipe["batch_size"]), lean(model):
+        with accelerated(model, 70 * recipe["batch_size"], trains=True):
             return plain_loop(model, examples, **recipe, **({"after_step": allocate} if allocate else {}))
     return lorakit.fit(model, examples, **recipe, loraplus_ratio=METHODS[name].ratio, show=False).loss
 

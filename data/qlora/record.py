@@ -21,8 +21,7 @@ from lorakit.cost.memory import peak_bytes, returning_memory
 from lorakit.experiments.sweep import sweep
 from lorakit.layers import nf4
 from lorakit.models.quantize import quantize_model
-from lorakit.speed.activations import lean
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 from lorakit.tasks.sql.task import execution_accuracy
 from lorakit.tasks.task import encoded
 from lorakit.training.loss import completion_loss
@@ -135,7 +134,7 @@ def print_cost(arm, **lora):
         model.zero_grad(set_to_none=True)
 
     if ours:
-        with fast(model, 512), lean(model):
+        with accelerated(model, 512, trains=True):
             step()
             grown = sorted(peak_bytes(step) for _ in range(3))[1]
     else:

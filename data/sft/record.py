@@ -18,7 +18,7 @@ import torch
 import lorakit
 from lorakit._optional import quiet
 from lorakit.experiments.sweep import sweep
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 from lorakit.tasks.sql.task import execution_accuracy
 from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
@@ -87,7 +87,7 @@ def run_trl(how):
             peft_config=lora_config(how),
         )  # fmt: skip
         trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if "Print" in type(c).__name__))
-        with fast(trainer.model, 50 * how["batch_size"]):
+        with accelerated(trainer.model, 50 * how["batch_size"]):
             trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.model, tokenizer, losses
@@ -104,7 +104,7 @@ def run_prompt(how):
     torch.manual_seed(how["seed"])
     with quiet():
         model = peft.get_peft_model(model, config)
-    with fast(model, 70 * how["batch_size"]):
+    with accelerated(model, 70 * how["batch_size"]):
         losses = plain_loop(model, encoded(tokenizer, lorakit.load_sql("train")), **recipe(how))
     return model, tokenizer, losses
 

@@ -138,15 +138,15 @@ class LoRAConfig:
                 raise ValueError(f"expected plain LoRA, got {key} = {value!r}")
         layer, settings = _method_from_peft(config)
         return cls(
-            rank=config.get("r"),
-            alpha=config.get("lora_alpha"),
-            dropout=_read("lora_dropout", config, lambda value: value or 0.0),
+            rank=_read("r", config, _integer),
+            alpha=_read("lora_alpha", config, _number),
+            dropout=_read("lora_dropout", config, lambda value: _number(value or 0.0)),
             scale_rule="rslora" if config.get("use_rslora") else "lora",
             targets=_targets_from_peft(config),
             layer=layer,
             settings=settings,
-            rank_pattern=_read("rank_pattern", config, lambda value: dict(value or {})),
-            alpha_pattern=_read("alpha_pattern", config, lambda value: dict(value or {})),
+            rank_pattern=_read("rank_pattern", config, lambda value: _each(_integer, value)),
+            alpha_pattern=_read("alpha_pattern", config, lambda value: _each(_number, value)),
         )
 
 
@@ -203,13 +203,30 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     elif not (excluded or indices):
         return targets
     ahead = rf"(?!(?:{_expression(excluded)})\Z)" if excluded else ""
+    chosen = _expression(targets)
     if indices:
         lists = _read("layers_pattern", config, lambda value: [value] if isinstance(value, str) else list(value or []))
-        at = rf"(?>(?:|.*?\.)(?:{'|'.join(lists) or '[^.]*'})\.(?=\d+\.))(?:{'|'.join(map(str, indices))})\."
-        ahead += f"(?={at})"
-    expression = f"^{ahead}(?:{_expression(targets)})"
-    _compiled(expression)
-    return expression
+        starts = "|".join(rf"(?:|.*?\.){each}\." for each in lists) or r".*?\.[^.]*\."
+        at = rf"(?>(?:{starts})(?=\d+\.))(?:{'|'.join(map(str, indices))})\."  # the first number in a name counts
+        whole = "|".join(map(re.escape, targets))  # a layer that is named in full is meant, whatever its number
+        chosen = f"{whole}|(?={at}){chosen}"
+    return _compiled(f"^{ahead}(?:{chosen})")
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(value)
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(value)
+    return value
+
+
+def _each(read: Callable[[Any], Any], patterns: Any) -> dict[str, Any]:
+    return {_compiled(key): read(value) for key, value in (patterns or {}).items()}
 
 
 def _names(value: Any) -> str | list[str]:

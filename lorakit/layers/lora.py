@@ -125,7 +125,7 @@ class LoRALinear(nn.Module):
         return {self.peft_names.get(name, name): p for name, p in own_parameters(self).items()}
 
     def peft_settings(self) -> dict[str, Any]:
-        """What PEFT's adapter_config.json says of this layer; a rule of one's own becomes an alpha."""
+        """What adapter_config.json says of this layer; a rule of one's own becomes an alpha of the same scale."""
         return {
             "peft_type": vars(type(self)).get("peft_type", type(self).__name__),
             "r": self.rank,

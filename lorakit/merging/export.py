@@ -9,7 +9,6 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch import nn
 
 from lorakit._optional import quiet
 from lorakit.models.load import load_model

@@ -99,8 +99,11 @@ def _wide(tensor: Tensor) -> Tensor:
 def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     found = {}
     for name, layer in adapters(model).items():
-        settings = layer.peft_settings() if isinstance(layer, Adapter) else {}
-        if settings.get("peft_type") != "LORA" or settings["use_dora"]:
+        if (
+            not isinstance(layer, Adapter)
+            or (settings := layer.peft_settings()).get("peft_type") != "LORA"
+            or settings["use_dora"]
+        ):
             raise ValueError(f"expected LoRA, got {type(layer).__name__} for layer {name!r}: its change is no s B A")
         A, B = (layer.peft_tensors()[part] for part in FACTORS)
         rule = "rslora" if settings["use_rslora"] else "lora"

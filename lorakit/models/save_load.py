@@ -93,7 +93,7 @@ def load_adapter(
     def make(name: str, base: nn.Module) -> nn.Module:
         adapter = config.make(name, base)
         _check(adapter, name, found[name], file, config)
-        adapter.load_peft(found[name])
+        _fill({name: adapter}, found)
         return adapter
 
     return wrap(model, found, make)

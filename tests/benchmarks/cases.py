@@ -22,8 +22,7 @@ from lorakit.layers.bnb import prevent_repacking
 from lorakit.merging.arithmetic import compress, linear
 from lorakit.merging.updates import Update
 from lorakit.models.quantize import quantize_model
-from lorakit.speed.activations import lean
-from lorakit.speed.cpu import fast
+from lorakit.speed.accelerated import accelerated
 from lorakit.tasks.facts import encoded, facts
 from lorakit.training.batch import collate
 from lorakit.training.fit_many import Spec, fit_many
@@ -75,11 +74,9 @@ def stepper(model, loss_of, batch, settings):
     return second
 
 
-@contextlib.contextmanager
 def as_fit(model):
     """What `fit` trains under."""
-    with fast(model, 512), lean(model):
-        yield
+    return accelerated(model, 512, trains=True)
 
 
 def step():

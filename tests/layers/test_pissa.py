@@ -206,3 +206,18 @@ def test_what_cannot_be_done_is_refused():
         PiSSALinear(nn.Linear(4, 4), 2, -1)
     with pytest.raises(ValueError, match="then quantise"):
         PiSSALinear(NF4Linear(nn.Linear(64, 32)), 2, 4)
+
+
+def test_a_file_goes_back_into_layers_with_the_same_start_only(tmp_path):
+    base = build("llama")
+    model = adapted(base)
+    moved(model)
+    logits = logits_of(model, "llama")
+    lorakit.save_adapter(model, tmp_path)
+    again = adapted(base)
+    torch.testing.assert_close(logits_of(lorakit.load_adapter(again, tmp_path), "llama"), logits, rtol=1e-4, atol=1e-5)
+    other = adapted(base, start=lorakit.olora_start)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(lorakit.AdapterError, match="with this start"):
+        lorakit.load_adapter(other, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())

@@ -4,8 +4,11 @@ import pytest
 import torch
 from helpers.architectures import adapted, build, logits_of
 from helpers.layers import Rounded
+from helpers.parity import snapshot, unchanged
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from lorakit import DoRALinear, adapters, folded, inject
+from lorakit import DoRALinear, PiSSALinear, adapters, folded, inject, merge, quantize_model, remove
 
 
 def weights(model):
@@ -68,3 +71,80 @@ def test_what_cannot_be_folded_is_refused_and_nothing_changes():
     with pytest.raises(ValueError, match=r"floating-point weight.* at 1"), folded(quantised):
         pass
     assert len(adapters(quantised)) == 2
+
+
+class StopAfter(TorchFunctionMode):
+    """Interrupts the n-th sum: before it is made, as an error would, or just after, as Ctrl-C does."""
+
+    def __init__(self, number, late):
+        super().__init__()
+        self.left, self.late = number, late
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.addmm_:
+            return func(*args, **(kwargs or {}))
+        self.left -= 1
+        if self.left == 0 and not self.late:
+            raise RuntimeError("no")
+        func(*args, **(kwargs or {}))
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return None
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("number", [1, 6, 14])
+def test_stopped_while_it_folds_it_gives_everything_back(number, late):
+    model = adapted("llama")
+    before, layers = weights(model), list(adapters(model).values())
+    with StopAfter(number, late), pytest.raises(KeyboardInterrupt if late else RuntimeError), folded(model):
+        raise AssertionError("it should not have come so far")
+    assert list(adapters(model).values()) == layers
+    assert all((w - before[name]).norm() < 1e-6 * before[name].norm() for name, w in weights(model).items())
+
+
+class Stubborn(DoRALinear):
+    """Refuses to be merged or removed when it is told to."""
+
+    refuses = False
+
+    def merged(self):
+        if self.refuses:
+            raise ValueError("I stay")
+        return super().merged()
+
+    removed = merged
+
+
+@pytest.mark.parametrize("act", [merge, remove, lambda model: folded(model).__enter__()])
+def test_one_that_refuses_leaves_the_whole_model_as_it_was(act):
+    model = build("llama")
+    inject(model, 2, 4, layer=Stubborn)
+    list(adapters(model).values())[-1].refuses = True
+    before, layers, grads = snapshot(model), adapters(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="I stay"):
+        act(model)
+    assert adapters(model) == layers
+    assert unchanged(model, before)
+    assert [p.requires_grad for p in model.parameters()] == grads
+
+
+@pytest.mark.parametrize(("layer", "act"), [(DoRALinear, merge), (PiSSALinear, merge), (PiSSALinear, remove)])
+def test_a_half_quantised_model_is_refused_whole(layer, act):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject(model, 2, 4, layer=layer)
+    model[1].base = quantize_model(nn.Sequential(model[1].base))[0]
+    before, layers = snapshot(model), adapters(model)
+    with pytest.raises(ValueError, match="NF4Linear"):
+        act(model)
+    assert adapters(model) == layers
+    assert unchanged(model, before)
+
+
+def test_a_refused_merge_leaves_the_tie_alone():
+    tied = adapted("llama-biased-tied", targets=["q_proj", "lm_head"])
+    layer = tied.model.layers[0].self_attn.q_proj
+    layer.base = quantize_model(nn.Sequential(layer.base))[0]
+    with pytest.raises(ValueError, match="NF4Linear"):
+        merge(tied)
+    assert tied.config.tie_word_embeddings

@@ -8,6 +8,7 @@ import torch
 from helpers.architectures import build, logits_of
 from helpers.four_bits import by_bitsandbytes, plain
 from helpers.parity import gradients, randomise, relative
+from helpers.texts import examples
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -214,12 +215,45 @@ def test_other_modules_are_no_4bit_layers():
     assert is_linear4bit(layer4bit())
 
 
+@pytest.mark.usefixtures("unguarded")
+def test_the_guard_can_be_taken_back(monkeypatch):
+    monkeypatch.setattr(bnb.functional, "has_avx512bf16", lambda: True)  # as on a processor that repacks
+    prevent_repacking()
+    assert not layer4bit().support_avx512bf16_for_cpu
+    repacking.allow_repacking()
+    assert layer4bit().support_avx512bf16_for_cpu
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_a_block_guards_new_layers_and_a_models_and_then_all_is_as_before(monkeypatch):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    layer = layer4bit()
+    with pytest.raises(KeyError), repacking.repacking_prevented(nn.Sequential(layer)):  # noqa: PT012
+        answered(layer)
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        inside = layer4bit()
+        raise KeyError
+    assert not inside.support_avx512bf16_for_cpu
+    assert layer.support_avx512bf16_for_cpu
+    assert layer4bit().support_avx512bf16_for_cpu
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_fit_does_not_repack_a_model_of_pefts(llama_folder):
+    """Whether texts may be packed is tried in eval mode, in which a bare layer of bitsandbytes would be repacked."""
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    with quiet():
+        model = peft.get_peft_model(by_bitsandbytes(llama_folder), config)
+    layers = [module for module in model.modules() if is_linear4bit(module)]
+    history = lorakit.fit(model, examples(12), steps=2, show=False)
+    assert history.speed["packing"].startswith("used")
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+
+
 # ---- the fast path in whole ----
 
 
 def test_the_loss_under_fits_settings_is_the_plain_one(llama_folder):
-    from helpers.texts import examples
-
     from lorakit.speed.activations import lean
 
     model = quantize_model(plain(llama_folder))

@@ -202,12 +202,13 @@ def test_refresh_saves_neither_litter_nor_a_failure(notebooks, capsys):
 def test_doctor_reports_in_text_and_in_json(capsys):
     assert cli.main(["doctor", "--json"]) in (0, 1)
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"versions", "machine", "model", "missing", "traps"}
+    assert set(report) == {"versions", "machine", "model", "speed", "missing", "traps"}
     assert report["versions"]["torch"]
     assert report["machine"]["cores"] >= 1
     assert cli.main(["doctor"]) == bool(report["missing"])
     text = capsys.readouterr().out
     assert "torch threads" in text
+    assert "oneDNN" in text
     assert all(trap in text for trap in report["traps"])
 
 

@@ -12,12 +12,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import lorakit
 from lorakit import cli
 from lorakit.course.runner import KERNEL_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
     *(".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "environment.yml", "pyproject.toml"),
+    *(".github", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
     *("data", "lorakit", "notebooks", "tests"),
 }
 MAX_BYTES = 5_000_000
@@ -79,6 +81,28 @@ def test_conda_takes_the_same_packages(project):
     assert f"-c constraints.txt -e '.[{extra}]'" in read("Makefile"), "conda and make install the same"
 
 
+def test_the_version_is_one(project):
+    cited = yaml.safe_load(read("CITATION.cff"))
+    versions = re.findall(r"^## \[(\d\S*)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert project["version"] == lorakit.__version__ == cited["version"] == versions[0]
+    assert project["license"] == cited["license"]
+
+
+def test_a_commit_is_checked_by_the_same_ruff(pins):
+    (repo,) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert repo["rev"] == f"v{pins['ruff']}"
+
+
+def test_the_workflows_run_what_people_run(project):
+    jobs = yaml.safe_load(read(".github/workflows/tests.yml"))["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    (marks,) = {words for line in [*commands, read("Makefile")] for words in re.findall(r"not slow[\w ]*", line)}
+    assert marks == "not slow and not long"
+    pythons = jobs["quick"]["strategy"]["matrix"]["python"]
+    assert all(SpecifierSet(project["requires-python"]).contains(python) for python in pythons)
+    assert len(pythons) >= 4
+
+
 def make_targets():
     return set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
 
@@ -92,11 +116,14 @@ def test_make_and_lorakit_give_kernels_the_same_environment():
     assert dict(re.findall(r"^export (\w+) := (.*)", read("Makefile"), re.MULTILINE)) == KERNEL_ENV
 
 
-@pytest.mark.parametrize("name", ["README.md", ".ci/run", "environment.yml"])
+NIGHTLY = ".github/workflows/nightly.yml"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", ".ci/run", "environment.yml", NIGHTLY])
 def test_commands_that_are_named_exist(name):
     text = read(name)
     # a command is in backquotes, or begins a line of a block of code
-    makes = set(re.findall(r"(?:^\s*|`|exec )make ([a-z]+)", text, re.MULTILINE))
+    makes = set(re.findall(r"(?:^\s*|`|exec |run: )make ([a-z]+)", text, re.MULTILINE))
     lorakits = set(re.findall(r"(?:^\s*|`)lorakit ([a-z]+)\b", text, re.MULTILINE))
     assert makes <= make_targets()
     assert lorakits <= set(cli.COMMANDS)

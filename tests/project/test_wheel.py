@@ -91,7 +91,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
     assert names == sources | {"lorakit/py.typed"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_module_can_be_imported_from_it(installed, tmp_path):
     files = json.loads(run(IMPORT_ALL, installed, tmp_path))
     # an editable install would find modules that the wheel lacks, so each one's place counts
@@ -100,6 +100,6 @@ def test_every_module_can_be_imported_from_it(installed, tmp_path):
     assert {Path(file).relative_to(installed) for file in files.values()} == sources
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_trains_saves_loads_and_merges(installed, tmp_path):
     run(SMOKE, installed, tmp_path)

@@ -10,6 +10,7 @@ from helpers.texts import TOKENIZER, examples
 
 from lorakit import Example, Recipe, Spec, exact_match, fit, fit_many, greedy, inject
 from lorakit.layers import shortcuts
+from lorakit.layers.config import LoRAConfig
 from lorakit.layers.fused import _LoRALinear
 from lorakit.speed import activations, attention, cpu, frozen_prefix
 from lorakit.speed.accelerated import TRICKS, accelerated, decisions, explain
@@ -103,7 +104,13 @@ def test_off_is_off(by, taken, monkeypatch):
     if by == "environment":
         monkeypatch.setenv(shortcuts.ENVIRONMENT, "0")
     model, history, *_ = run("llama", accelerate=by == "environment")
-    fit_many(build("llama"), examples(), [Spec(2, 4, 1e-3), Spec(3, 6, 1e-3)], steps=2, accelerate=by == "environment")
+    fit_many(
+        build("llama"),
+        examples(),
+        [Spec(LoRAConfig(2, 4), 1e-3), Spec(LoRAConfig(3, 6), 1e-3)],
+        steps=2,
+        accelerate=by == "environment",
+    )
     exact_match(model, examples(), accelerate=by == "environment", show=False)
     assert not taken
     words = "switched off" if by == "argument" else "LORAKIT_ACCELERATE=0"

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmu
 
 from lorakit import (
     Example,
+    Recipe,
     encode,
     exact_match,
     fit,
@@ -289,6 +290,28 @@ def test_bad_arguments_are_refused(settings, word):
     with pytest.raises(ValueError, match=word):
         fit(model, **({"examples": examples(), "steps": 2, "show": False} | settings))
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"steps": 0}, {"batch_size": 0}, {"warmup": 1.0}, {"clip": 0.0}, {"weight_decay": -0.1}]
+)
+def test_a_recipe_is_checked_when_it_is_written(numbers):
+    with pytest.raises(ValueError, match=next(iter(numbers))):
+        Recipe(**({"steps": 2} | numbers))
+
+
+def test_a_recipe_and_its_numbers_say_the_same():
+    recipe = Recipe(steps=4, batch_size=3, warmup=0.5, weight_decay=0.1, clip=0.01)
+    losses, weights = [], []
+    for way in ((recipe,), ()):
+        model = adapted()
+        losses.append(fit(model, examples(), *way, lr=1e-2, show=False, **({} if way else vars(recipe))).loss)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    assert losses[0] == losses[1]
+    assert torch.equal(*weights)
+    for wrong, word in (({"steps": 3}, "both"), ({"step": 3}, "step")):
+        with pytest.raises((ValueError, TypeError), match=word):
+            fit(adapted(), examples(), *((recipe,) if word == "both" else ()), show=False, **wrong)
 
 
 def test_nothing_to_train_or_to_learn_is_refused():

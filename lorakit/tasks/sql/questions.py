@@ -38,7 +38,8 @@ def _columns(table: str, kind: type) -> list[str]:
     return [column for column, domain in TABLES[table].items() if isinstance(domain, kind)]
 
 
-def _is_held_out(number: int) -> bool:
+def is_held_out(number: int) -> bool:
+    """Whether a number stands in questions of the split `values` only."""
     return number % 5 == words.HELD_OUT_REMAINDER
 
 
@@ -49,7 +50,7 @@ def _values(table: str, column: str, held_out: bool) -> tuple:
     if isinstance(domain, tuple):
         return domain[8:] if held_out else domain[:8]
     margin = len(domain) // 6  # rows of every population lie in the margins, so that no comparison comes out empty
-    inner = [number for number in domain[margin:-margin] if _is_held_out(number) == held_out]
+    inner = [number for number in domain[margin:-margin] if is_held_out(number) == held_out]
     return tuple(shuffled(inner, random.Random(f"{table}/{column}/{held_out}"))[: 4 if held_out else 8])
 
 
@@ -60,7 +61,7 @@ FILLINGS: dict[str, Callable[[dict, bool], Iterable]] = {
     "column": lambda chosen, held_out: [c for c in words.TABLES[chosen["table"]] if c not in chosen.values()],
     "value": lambda chosen, held_out: _values(chosen["table"], chosen["text"], held_out),
     "bound": lambda chosen, held_out: _values(chosen["table"], chosen["number"], held_out),
-    "limit": lambda chosen, held_out: [n for n in words.LIMITS if _is_held_out(n) == held_out],
+    "limit": lambda chosen, held_out: [n for n in words.LIMITS if is_held_out(n) == held_out],
     "comparison": lambda chosen, held_out: words.COMPARISONS,
     "than": lambda chosen, held_out: words.COMPARISONS[chosen["comparison"]],
     "function": lambda chosen, held_out: words.FUNCTIONS,

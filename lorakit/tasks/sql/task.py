@@ -2,9 +2,10 @@
 
 `lorakit data FOLDER` writes the data files, the same bytes each time.
 
-Six modules stand behind this one: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold
-tables, values and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and
-writes.
+Behind this module: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold tables, values
+and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and writes. The
+second edition is `edition_2`, from `frames_train`, `frames_held_out` and `tables_2`, its rows from `rows`; `stranger`
+has what somebody else asked.
 """
 
 import math
@@ -13,8 +14,10 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 from lorakit._suggest import near_names
+from lorakit.tasks.sql import edition_2
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
 from lorakit.tasks.sql import questions as edition_1
@@ -31,24 +34,42 @@ __all__ = ["SPLITS", "SPLIT_SIZES", "SQL", "Item", "execution_accuracy", "genera
 __all__ += ["populations", "same_rows", "sql_task", "write"]
 
 
-def generate(split: str, n: int | None = None, seed: int = 0, level: int = 1) -> list[Item]:
+def generate(
+    split: str,
+    n: int | None = None,
+    seed: int = 0,
+    level: int = 1,
+    *,
+    version: int = 1,
+    frames: int | None = None,
+    tables: int | None = None,
+) -> list[Item]:
     """Draws items of one split, in equal shares of the query shapes as far as their distinct questions reach.
 
     Whatever the seeds and sizes, no prompt of a held-out split occurs in train.
 
     Args:
-        split: one of `SPLITS`.
+        split: one of `SPLITS`; of version 2, of `edition_2.SPLITS`.
         n: number of items; None for the size in `SPLIT_SIZES`.
         seed: other seeds give other items of the same kind.
         level: how hard: 1 has one table and at most one condition, 2 adds two conditions and HAVING, 3 nested queries,
             4 joins of two tables. Each holds the kinds of query of those below it.
+        version: the edition: 1 has five ways of asking a shape in training and 14 tables, 2 over forty of both, see
+            `edition_2.draw`; 2 has level 1 only.
+        frames, tables: of version 2, how many ways of asking a shape and how many tables; None for all.
 
     Returns:
         n different items in random order.
 
     Raises:
-        ValueError: the split or level is unknown, or has fewer than n different questions.
+        ValueError: the split, level or version is unknown, or has fewer than n different questions.
     """
+    if version not in (1, 2) or (version == 2 and level != 1):
+        raise ValueError(f"expected version 1, or version 2 at level 1, got version {version!r} at level {level!r}")
+    if version == 2:
+        return edition_2.draw(split, n, seed, frames, tables)
+    if frames is not None or tables is not None:
+        raise ValueError(f"expected frames and tables with version 2 only, got {frames} and {tables} with version 1")
     if split not in SPLITS:
         raise ValueError(f"expected a split of the SQL task, {near_names(split, SPLITS)}")
     n = SPLIT_SIZES[split] if n is None else n
@@ -129,6 +150,8 @@ def populations(table: str) -> list[Database]:
 
     Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
     """
+    if table in edition_2.tables_2.TABLES:
+        return edition_2.databases(table)
     if FOLDER.is_dir() and table in stranger_tables():
         return stranger_databases()[table]
     return edition_1.populations(table)
@@ -161,13 +184,14 @@ def execution_accuracy(
     return [_is_right(item, answer, known[item.table]) for item, answer in pairs]
 
 
-def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
+def load_sql(split: str, folder: str | os.PathLike | None = None, version: int = 1) -> list[Item]:
     """Gives one split of the task, generated or read from a folder.
 
     Args:
         split: one of `SPLITS`, or "stranger" (see `data/sql/stranger`: to report, not to train or choose on); with a
             folder, the name of any .jsonl file in it.
         folder: where to read; None generates the committed data anew.
+        version: of the data that is generated; see `generate`.
 
     Returns:
         The items, in the order of the file.
@@ -176,19 +200,20 @@ def load_sql(split: str, folder: str | os.PathLike | None = None) -> list[Item]:
         ValueError: the split is unknown, or a line is not an item (the message names file and line).
     """
     if folder is None:
-        return stranger_items() if split == "stranger" else generate(split)
+        return stranger_items() if split == "stranger" else generate(split, version=version)
     return read_items(folder, split)
 
 
-def sql_task(level: int = 1) -> Task:
-    """The task at one of its levels; see `generate` and `execution_accuracy`."""
-    splits = (*SPLITS, "stranger") if level == 1 else SPLITS
-    return Task("sql", splits, partial(_draw, level=level), execution_accuracy, CHATML)
+def sql_task(level: int = 1, *, version: int = 1, frames: int | None = None, tables: int | None = None) -> Task:
+    """The task at one of its levels or in its second edition; see `generate` and `execution_accuracy`."""
+    splits = edition_2.SPLITS if version == 2 else SPLITS
+    draw = partial(_draw, level=level, version=version, frames=frames, tables=tables)
+    return Task("sql", (*splits, "stranger") if level == 1 else splits, draw, execution_accuracy, CHATML)
 
 
-def _draw(split: str, n: int | None, seed: int, level: int) -> list[Item]:
+def _draw(split: str, n: int | None, seed: int, **kind: Any) -> list[Item]:
     if split != "stranger":
-        return generate(split, n, seed, level)
+        return generate(split, n, seed, **kind)
     items = stranger_items()
     if not 0 <= (n or 0) <= len(items):
         raise ValueError(f"expected n up to {len(items)}, the stranger's questions, got {n}")
