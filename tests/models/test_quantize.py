@@ -245,7 +245,8 @@ def test_fit_does_not_repack_a_model_of_pefts(llama_folder):
     with quiet():
         model = peft.get_peft_model(by_bitsandbytes(llama_folder), config)
     layers = [module for module in model.modules() if is_linear4bit(module)]
-    history = lorakit.fit(model, examples(12), steps=2, show=False)
+    long = lorakit.Example([3, *range(4, 20)], [-100, *range(4, 20)])  # short texts then share its row
+    history = lorakit.fit(model, [long, *examples(7)], steps=2, show=False)
     assert history.speed["packing"].startswith("used")
     assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
 

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "lorakit"
 WATCHED = {  # name as the code writes it -> where it lives, and what to do
     "torch._C._are_functorch_transforms_active": (
         "torch._C._are_functorch_transforms_active",
-        "layers/shortcuts.is_transformed alone uses it: give the autograd functions setup_context and a vmap rule, so "
-        "that torch.func follows them, or look for torch's public name",
+        "layers/shortcuts.is_transformed alone uses it: look for torch's public name, or give the autograd functions "
+        "setup_context and a vmap rule, so that torch.func can follow them",
     ),
     **{
         f"module.{name}": (
