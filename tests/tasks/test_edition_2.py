@@ -265,9 +265,9 @@ def test_it_is_a_function_of_its_seed():
         (("train",), {"version": 2, "tables": 1000}, "between 1 and 42 .*got 1000"),
         (("train", -1), {"version": 2}, "got -1"),
         (
-            ("values", 3000),
+            ("values", 9000),
             {"version": 2, "frames": 1, "tables": 1},
-            r"about \d+, the questions of 'values'.* got 3000",
+            r"about \d+, the questions of 'values'.* got 9000",
         ),
     ],
 )
