@@ -1,6 +1,7 @@
 """With the switch on or off the results are the same; off is off; and the report says what was done and why."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +217,14 @@ def test_a_pinned_run_repeats_whatever_the_clock_says(monkeypatch):
             with accelerated(layer, 400) as report:
                 used.add(report.decisions["oneDNN"].used)
         assert used == {pin == "1"}
+
+
+def test_training_names_no_trick():
+    imports = [
+        line
+        for path in Path(loop.__file__).parent.glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "lorakit.speed" in line and "import" in line
+    ]
+    assert len(imports) == 3, "fit, generate, evaluate"
+    assert all(line.startswith("from lorakit.speed.accelerated import") for line in imports)
