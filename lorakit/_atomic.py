@@ -6,7 +6,7 @@ from pathlib import Path
 from uuid import uuid4
 
 
-def write_atomically(contents: Mapping[Path, bytes] | Mapping[Path, Callable[[Path], object]]) -> None:
+def write_atomically(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:
     """Writes each file beside its place and moves it there, so that a reader never sees half of one.
 
     A file's content is its bytes, or a function that writes them to the path it is given.

@@ -87,8 +87,8 @@ class Setting:
     @property
     def spec(self) -> Spec | None:
         """The run as `fit_many` takes it; None if it cannot."""
-        plain = self.config and not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
-        return Spec(self.config, self.lr, self.seed) if plain else None
+        config, plain = self.config, not self.dropout and self.optimizer == "adamw" and self.loraplus_ratio == 1
+        return Spec(config, self.lr, self.seed) if config and plain else None
 
 
 def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,9 +110,9 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = [Setting(**setting) for setting in settings]
     model, tokenizer = load_model(chosen[0].model)
     data = [examples(each, tokenizer) for each in chosen]
-    shared = {"steps": chosen[0].steps, "batch_size": chosen[0].batch_size, "show": False}
-    specs = [each.spec for each in chosen]
-    if len(specs) > 1 and all(specs):
+    shared: dict[str, Any] = {"steps": chosen[0].steps, "batch_size": chosen[0].batch_size, "show": False}
+    specs = [spec for each in chosen if (spec := each.spec)]
+    if len(specs) == len(chosen) > 1:
         found = []
         for fitted, (_, test) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
             if fitted.error:

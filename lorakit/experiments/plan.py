@@ -141,10 +141,11 @@ class FileFunction:
         if not path.is_file():
             raise FileNotFoundError(f"expected a file with the function, got none at {path}")
         self.place = path, name
-        update_wrapper(self, _attribute(_module(path, path.stat().st_mtime_ns), name))
+        self.function = _attribute(_module(path, path.stat().st_mtime_ns), name)
+        update_wrapper(self, self.function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__wrapped__(*args, **kwargs)
+        return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
         return FileFunction, self.place
@@ -158,6 +159,8 @@ def _module(path: Path, changed: int) -> ModuleType:
     """
     name, folder = f"_plan_{path.stem}", str(path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"expected a Python file, got {path}")
     module = importlib.util.module_from_spec(spec)
     known, importable = set(sys.modules), folder in map(os.path.abspath, sys.path)
     sys.modules[name] = module  # dataclasses look there while they are made

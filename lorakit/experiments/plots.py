@@ -109,8 +109,8 @@ def plot_similarity(
     """
     image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=most, aspect="auto", origin="lower")
     rows, columns = len(grid), len(grid[0])
-    ax.set_yticks(range(rows), range(1, rows + 1))
-    ax.set_xticks(range(columns), range(1, columns + 1))
+    ax.set_yticks(range(rows), [str(i) for i in range(1, rows + 1)])
+    ax.set_xticks(range(columns), [str(j) for j in range(1, columns + 1)])
     ax.figure.colorbar(image, ax=ax, label="similarity")
     style(ax, title, xlabel, ylabel).grid(visible=False)
     return ax

@@ -29,7 +29,8 @@ def expand(grid: Grid) -> list[Settings]:
     Raises:
         ValueError: a parameter has no values, or one that JSON cannot hold; or there are no settings at all.
     """
-    found, parts = {}, [grid] if isinstance(grid, Mapping) else list(grid) if isinstance(grid, Iterable) else [grid]
+    found: dict[str, Settings] = {}
+    parts = [grid] if isinstance(grid, Mapping) else list(grid) if isinstance(grid, Iterable) else [grid]
     if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(f"expected a mapping of parameters to values, or several, got {grid!r}")
     for part in parts:
@@ -118,8 +119,8 @@ def read_records(folder: str | os.PathLike, settings: Iterable[Settings] | None 
         settings: as for `frame`.
     """
     if settings is not None:
-        found = [read_record(record_path(folder, setting)) for setting in settings]
-        return [record for record in found if record is not None]
+        chosen = [read_record(record_path(folder, setting)) for setting in settings]
+        return [record for record in chosen if record is not None]
     found = [record for record in map(read_record, Path(folder).glob("*.json")) if record is not None]
     return sorted(found, key=lambda record: [(name, *_place(value)) for name, value in record["settings"].items()])
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeGuard, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from lorakit.layers.bnb import dequantized, is_linear4bit
 Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes it whenever it is needed
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> TypeGuard[Any]:
     """True for GPT-2's `Conv1D`, a linear layer that stores its weight as (d_in, d_out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
@@ -22,6 +23,11 @@ def is_watched(module: nn.Module) -> bool:
     """True if somebody has hooks on the module, or has replaced its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A layer's weight as the layer stores it: a `Conv1D`'s transposed, a quantised one's codes."""
+    return cast(Tensor, layer.weight)
 
 
 def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
@@ -37,10 +43,11 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     if shortcuts.is_transformed() or any(p.requires_grad for p in base.parameters()):
         return None
     bias = getattr(base, "bias", None)
-    if (hasattr(base, "frozen_weight") or is_linear4bit(base)) and bias is not None and bias.dtype != x.dtype:
+    own = getattr(base, "frozen_weight", None)
+    if (own is not None or is_linear4bit(base)) and bias is not None and bias.dtype != x.dtype:
         return None
-    if hasattr(base, "frozen_weight"):
-        return partial(base.frozen_weight, x.dtype)
+    if own is not None:
+        return partial(own, x.dtype)
     if is_linear4bit(base):
         return partial(dequantized, base, x.dtype) if base.compute_dtype in (None, x.dtype) else None
     if not (type(base) is nn.Linear or is_conv1d(base)) or type(base.weight) is not nn.Parameter:
@@ -55,13 +62,15 @@ def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_
     Raises:
         ValueError: it is quantised in a way that is not known here.
     """
-    if hasattr(base, "frozen_weight"):
-        return base.frozen_weight(dtype)
+    own = getattr(base, "frozen_weight", None)
+    if own is not None:
+        return own(dtype)
     if is_linear4bit(base):
         return dequantized(base, dtype)
-    if not base.weight.is_floating_point():
-        raise ValueError(f"expected a weight that can be read, got {type(base).__name__} of {base.weight.dtype}")
-    W = base.weight.detach().to(dtype)
+    W = weight_of(base).detach()
+    if not W.is_floating_point():
+        raise ValueError(f"expected a weight that can be read, got {type(base).__name__} of {W.dtype}")
+    W = W.to(dtype)
     return W.T if is_conv1d(base) else W
 
 
@@ -76,6 +85,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     if is_conv1d(module):
         d_in, d_out = module.weight.shape
         return d_out, d_in
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
+    d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if d_out is not None and d_in is not None:
+        return d_out, d_in
     raise ValueError(f"expected a linear-like module (in_features, out_features), got {type(module).__name__}")

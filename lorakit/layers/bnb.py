@@ -9,6 +9,7 @@ its loss looks as it did before. (Seen in bitsandbytes 0.50: `bitsandbytes.nn.Li
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def repacking_prevented(model: nn.Module | None = None) -> Iterator[None]:
             layer.support_avx512bf16_for_cpu = support
 
 
-def keep_order(layer: nn.Module, name: str = "") -> None:
+def keep_order(layer: Any, name: str = "") -> None:
     """The same for one 4-bit layer."""
     if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         raise ValueError(
@@ -86,13 +87,13 @@ def keep_order(layer: nn.Module, name: str = "") -> None:
     layer.support_avx512bf16_for_cpu = False
 
 
-def is_linear4bit(module: nn.Module) -> bool:
+def is_linear4bit(module: nn.Module) -> TypeGuard[Any]:
     """True for bitsandbytes' `Linear4bit` and its subclasses, with a weight that is quantised."""
     library = sys.modules.get("bitsandbytes")
     return library is not None and isinstance(module, library.nn.Linear4bit) and module.weight.quant_state is not None
 
 
-def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+def dequantized(layer: Any, dtype: torch.dtype) -> Tensor:
     """The weight of a 4-bit layer, (d_out, d_in), in `dtype`."""
     from bitsandbytes.functional import dequantize_4bit
 

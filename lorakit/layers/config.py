@@ -80,8 +80,8 @@ class LoRAConfig:
 
     def _keywords(self) -> dict[str, Any]:
         """What the class is called with beside base, rank and alpha: only what is not its default anyway."""
-        own = {"dropout": self.dropout} if self.dropout else {}
-        return own | ({} if self.scale_rule == "lora" else {"scale_rule": self.scale_rule}) | self.settings
+        own: dict[str, Any] = {"dropout": self.dropout} if self.dropout else {}
+        return own | ({} if self.scale_rule == "lora" else {"scale_rule": self.scale_rule}) | dict(self.settings)
 
     def at(self, name: str) -> tuple[int, float]:
         """Rank and alpha of the layer of that name."""

@@ -53,9 +53,8 @@ class DoRALinear(LoRALinear):
 
     def row_norms(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
         """||W + s B A|| of each row, from |w|^2 + 2 s b (A w) + s^2 b (A A') b' with w, b rows: B A is never formed."""
-        A, B, s = self.A, self.B, self.scale
-        if self.detach_norm:
-            A, B = A.detach(), B.detach()
+        A, B = (self.A.detach(), self.B.detach()) if self.detach_norm else (self.A, self.B)
+        s = self.scale
         W = W.to(A.dtype)
         mixed = (W @ A.T).addmm(B, A @ A.T, beta=2 * s, alpha=s * s)  # (d_out, rank)
         square = torch.linalg.vector_norm(W, dim=1).square() + (B * mixed).sum(1)

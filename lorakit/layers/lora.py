@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.layers.adapter import own_parameters
-from lorakit.layers.bases import frozen_weight, is_conv1d, linear_shape
+from lorakit.layers.bases import frozen_weight, is_conv1d, linear_shape, weight_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.fused import lora_linear
 
@@ -106,14 +106,15 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: the base's weight is quantised; dequantise it first.
         """
-        if not self.base.weight.is_floating_point():
+        if not self.weight.is_floating_point():
             raise ValueError(
-                f"expected a floating-point base, got {type(self.base).__name__} ({self.base.weight.dtype}): "
+                f"expected a floating-point base, got {type(self.base).__name__} ({self.weight.dtype}): "
                 "lorakit.models.quantize.dequantize_model first"
             )
         delta = self.delta_weight().T if is_conv1d(self.base) else self.delta_weight()  # as the base stores its weight
         plain = copy.deepcopy(self.base)
-        plain.weight.copy_(plain.weight.to(delta.dtype) + delta)
+        W = weight_of(plain)
+        W.copy_(W.to(delta.dtype) + delta)
         return plain.train(self.training)
 
     def removed(self) -> nn.Module:
@@ -149,7 +150,7 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's frozen weight, for model code that asks a layer for its dtype or device."""
-        return self.base.weight
+        return weight_of(self.base)
 
     @property
     def bias(self) -> Tensor | None:

@@ -6,13 +6,14 @@ A and B are both zero, so are both gradients. Each adapter's own parameters are 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.layers.bases import frozen_weight
+from lorakit.layers.bases import frozen_weight, weight_of
 from lorakit.layers.lora import LoRALinear
 
 
@@ -27,6 +28,11 @@ class LoRAStack(nn.Module):
         ValueError: no adapter, different bases, or dropout.
     """
 
+    A: Tensor  # (K, R, d_in)
+    Bt: Tensor  # (K, R, d_out)
+    scales: Tensor  # (K, 1, 1)
+    tokens: int | None  # that a forward pass must have, if known
+
     def __init__(self, layers: Sequence[LoRALinear | None], name: str = "this layer"):
         super().__init__()
         present = [layer for layer in layers if layer is not None]
@@ -39,7 +45,8 @@ class LoRAStack(nn.Module):
         self.register_buffer("A", like.new_zeros(K, R, like.shape[1]), persistent=False)
         self.register_buffer("Bt", like.new_zeros(K, R, len(present[0].B)), persistent=False)
         self.register_buffer("scales", like.new_zeros(K, 1, 1), persistent=False)
-        self.layers, self.places = nn.ModuleList(present), [k for k, layer in enumerate(layers) if layer is not None]
+        self.layers: Any = nn.ModuleList(present)  # of LoRALinears, which torch's type does not say
+        self.places = [k for k, layer in enumerate(layers) if layer is not None]
         for k, layer in zip(self.places, present, strict=True):
             self.scales[k] = layer.scale
             for stacked, parameter in ((self.A[k, : layer.rank], layer.A), (self.Bt[k, : layer.rank].T, layer.B)):
@@ -63,7 +70,7 @@ class LoRAStack(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's frozen weight, for model code that asks a layer for its dtype or device."""
-        return self.base.weight
+        return weight_of(self.base)
 
     def release(self) -> None:
         """Gives the adapters matrices of their own again."""

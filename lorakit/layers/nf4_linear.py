@@ -37,6 +37,9 @@ class NF4Linear(nn.Module):
         source_cls: the class of the layer that was quantised.
     """
 
+    codes: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         linear: nn.Module,
@@ -63,8 +66,8 @@ class NF4Linear(nn.Module):
 
     def frozen_weight(self, dtype: torch.dtype | None = None) -> Float[Tensor, "d_out d_in"]:
         """W as the codes have it, in `dtype`, that of the original if None."""
-        absmax = [getattr(self, name) for name in self.absmax_names]
-        absmax = dequantize_absmax(ByteAbsmax(*absmax)) if len(absmax) > 1 else absmax[0]
+        parts = [getattr(self, name) for name in self.absmax_names]
+        absmax = dequantize_absmax(ByteAbsmax(*parts)) if len(parts) > 1 else parts[0]
         shape = (self.out_features, self.in_features)
         return dequantize(self.codes, absmax, shape, dtype or self.dtype, self.codebook, self.block_size)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.layers.bases import dense_weight, is_conv1d
+from lorakit.layers.bases import dense_weight, is_conv1d, weight_of
 from lorakit.layers.bnb import is_linear4bit
 from lorakit.layers.lora import LoRALinear, ScaleRule
 from lorakit.layers.lowrank import truncated_svd
@@ -65,6 +65,8 @@ class PiSSALinear(LoRALinear):
     """
 
     peft_type: ClassVar = "LORA"
+    A0: Tensor  # A and B as they started
+    B0: Tensor
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class PiSSALinear(LoRALinear):
         start: Callable[..., Factors] = pissa_start,
     ):
         super().__init__(base, rank, alpha, dropout, scale_rule)
-        if hasattr(base, "frozen_weight") or is_linear4bit(base) or not base.weight.is_floating_point():
+        if hasattr(base, "frozen_weight") or is_linear4bit(base) or not self.weight.is_floating_point():
             raise ValueError(f"expected a floating-point base, got {type(base).__name__}: inject first, then quantise")
         if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
             raise ValueError(f"expected rank <= min(d_out, d_in) and scale > 0, got {rank} and {self.scale:g}")
@@ -100,7 +102,7 @@ class PiSSALinear(LoRALinear):
         Raises:
             ValueError: the residual has been quantised, so that W is lost.
         """
-        if not self.base.weight.is_floating_point() or is_linear4bit(self.base):
+        if not self.weight.is_floating_point() or is_linear4bit(self.base):
             raise ValueError(
                 f"expected a floating-point residual, got {type(self.base).__name__}: W cannot be had back"
             )
@@ -139,7 +141,7 @@ class PiSSALinear(LoRALinear):
 
 def _plus(layer: nn.Module, delta: Tensor) -> nn.Module:
     """A copy of a linear layer with `weight + delta`, summed in delta's dtype and rounded once to the weight's."""
-    W = layer.weight
+    W = weight_of(layer)
     delta = delta.T if is_conv1d(layer) else delta
     new = copy.deepcopy(layer, {id(W): W})  # a copy of all but the weight
     new.weight = nn.Parameter((W.detach().to(delta.dtype) + delta).to(W.dtype), requires_grad=False)

@@ -24,6 +24,10 @@ class RandomSubspace(nn.Module):
         ValueError: nothing requires a gradient, or d is out of range.
     """
 
+    buckets: Tensor
+    signs: Tensor
+    lengths: Tensor
+
     def __init__(self, model: nn.Module, dimension: int, seed: int = 0):
         super().__init__()
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -40,7 +41,7 @@ def is_adapter(module: nn.Module) -> bool:
     return isinstance(getattr(module, "base", None), nn.Module) and callable(getattr(module, "merged", None))
 
 
-def adapters(model: nn.Module) -> dict[str, nn.Module]:
+def adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters in a model by the name of the layer each one wraps, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_adapter(module)}
 
@@ -69,7 +70,7 @@ def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Mod
     """Every place at which a model holds one of `modules`, as (parent, name in it, module)."""
     found = []
     for parent in model.modules():
-        found += [(parent, child, module) for child, module in parent._modules.items() if module in modules]
+        found += [(parent, child, module) for child, module in parent._modules.items() if module and module in modules]
     return found
 
 
@@ -126,7 +127,7 @@ def inject(
     """
     if not isinstance(rank, LoRAConfig):
         own = {name: settings.pop(name) for name in FIELDS if name in settings}
-        config = LoRAConfig(rank, alpha, targets=targets, layer=layer, settings=settings, **own)
+        config = LoRAConfig(rank, cast(float, alpha), targets=targets, layer=layer, settings=settings, **own)
     elif alpha is not None or settings or layer is not LoRALinear or targets != "all-linear":
         raise ValueError(
             "expected a LoRAConfig alone, got further settings beside it: dataclasses.replace makes another"

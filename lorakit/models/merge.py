@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,14 +79,14 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
             _sum(layer, -1)
 
 
-def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+def _adapted(model: nn.Module) -> dict[str, Any]:
     found = adapters(model)
     if not found:
         raise ValueError("expected a model with adapters, got a plain one")
     return found
 
 
-def _can_be_undone(layer: nn.Module) -> bool:
+def _can_be_undone(layer: Any) -> bool:
     """True if the update is `s B A`, in the weight's own dtype and wide enough to be subtracted again."""
     own = getattr(type(layer), "delta_weight", None) is LoRALinear.delta_weight
     return own and layer.base.weight.dtype == layer.A.dtype
@@ -103,12 +104,12 @@ def _add(layer: LoRALinear, added: list[LoRALinear]) -> None:
 
 @torch.no_grad()
 def _sum(layer: LoRALinear, sign: int) -> None:
-    weight = layer.base.weight.detach()
+    weight = layer.weight.detach()
     W = weight.T if is_conv1d(layer.base) else weight  # (d_out, d_in)
     W.addmm_(layer.B, layer.A, alpha=sign * layer.scale)
 
 
-def _unwrap(model: nn.Module, plain_of: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _unwrap(model: nn.Module, plain_of: Callable[[Any], nn.Module]) -> nn.Module:
     for layer in set(adapters(model).values()):
         plain_of(layer)  # whoever refuses does it now, when nothing has changed
     plain: dict[nn.Module, nn.Module] = {}
@@ -125,5 +126,5 @@ def _unwrap(model: nn.Module, plain_of: Callable[[nn.Module], nn.Module]) -> nn.
 def _untie(model: nn.Module) -> None:
     """Tells a transformers model that its output layer no longer is its input embedding, so that saving keeps both."""
     for config in [getattr(model, "config", None), getattr(getattr(model, "config", None), "text_config", None)]:
-        if getattr(config, "tie_word_embeddings", False):
+        if config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

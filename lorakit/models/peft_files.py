@@ -130,5 +130,5 @@ def _digest(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

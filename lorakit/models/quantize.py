@@ -1,6 +1,7 @@
 """A model's linear layers in four bits, and back."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
             setting is out of range.
     """
     shared, wrapped = shared_weights(model), adapters(model)
+    layers: dict[str, Any]
     if wrapped and targets == "all-linear":
         layers = {name: layer.base for name, layer in wrapped.items()}
     else:
@@ -81,7 +83,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return model
 
 
-def _plain(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _plain(layer: Any, dtype: torch.dtype | None) -> nn.Module:
     """An `nn.Linear`, or a `Conv1D` if that is what was quantised: the model must save what it would have saved."""
     dtype = dtype or (layer.dtype if isinstance(layer, NF4Linear) else layer.weight.quant_state.dtype)
     W = dense_weight(layer, dtype)

@@ -99,13 +99,13 @@ def load_adapter(
     return wrap(model, found, make)
 
 
-def _settings(layer: nn.Module, name: str) -> dict[str, Any]:
+def _settings(layer: Any, name: str) -> dict[str, Any]:
     if not isinstance(layer, Adapter):
         raise ValueError(f"expected a layer with peft_settings() and the like, got {type(layer).__name__} for {name!r}")
     return layer.peft_settings()
 
 
-def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Any]:
+def _config(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     """The adapter_config.json of a model: the commonest rank and alpha, and a pattern for each layer that differs."""
     settings = {name: _settings(layer, name) for name, layer in layers.items()}
     common = [{key: value for key, value in each.items() if key not in BY_LAYER} for each in settings.values()]
@@ -186,7 +186,7 @@ def _split(key: str, parts: list[str], bases: dict[str, nn.Module]) -> tuple[str
     return key, ""
 
 
-def _check(adapter: nn.Module, name: str, got: dict[str, Tensor], file: dict[str, Any], config: LoRAConfig) -> None:
+def _check(adapter: Any, name: str, got: dict[str, Tensor], file: dict[str, Any], config: LoRAConfig) -> None:
     """Refuses what an adapter's layer cannot take."""
     settings, rank = _settings(adapter, name), config.at(name)[0]
     kind = (file["peft_type"], bool(file.get("use_dora")))
@@ -213,7 +213,7 @@ def _check_shape(tensor: Tensor | None, shape: tuple[int, ...], part: str, name:
         raise AdapterError(f"expected floats of shape {shape} for {part} of layer {name!r}, got {tuple(tensor.shape)}")
 
 
-def _fill(layers: dict[str, nn.Module], found: dict[str, dict[str, Tensor]]) -> None:
+def _fill(layers: dict[str, Any], found: dict[str, dict[str, Tensor]]) -> None:
     """Gives every layer its values, or none of them."""
     before = [(p, p.detach().clone()) for layer in layers.values() for p in own_parameters(layer).values()]
     try:

@@ -75,8 +75,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
     for target, names in matches.items():
         if not names:
             raise ValueError(_no_match(model, target, layers))
-    chosen = {name for names in matches.values() for name in names}
-    return [name for name in layers if name in chosen]
+    named = {name for names in matches.values() for name in names}
+    return [name for name in layers if name in named]
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:

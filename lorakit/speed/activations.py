@@ -16,6 +16,7 @@ The backward pass needs no x: neither the norm nor anything else then holds on t
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def _answers_as(module: nn.Module, formula: Forward, x: Tensor) -> bool:
 # ---- gated blocks ----
 
 
-def _lean_block(block: nn.Module) -> Forward | None:
+def _lean_block(block: Any) -> Forward | None:
     """The same forward with less kept, None if the module is no gated block whose down-projection is adapted.
 
     It is taken for one by its parts' names and its answer. Blocks with hooks on their parts, or another activation, are
@@ -85,7 +86,7 @@ def _lean_block(block: nn.Module) -> Forward | None:
     return partial(_gated_forward, block) if same else None
 
 
-def _gated_forward(block: nn.Module, x: Tensor) -> Tensor:
+def _gated_forward(block: Any, x: Tensor) -> Tensor:
     """The block's output, from `_GatedDown` where that may stand for the down-projection."""
     down, gate, up = block.down_proj, block.gate_proj(x), block.up_proj(x)
     if down.drops or not torch.is_grad_enabled() or (W := frozen_weight(down.base, gate)) is None:

@@ -120,7 +120,7 @@ def _attend(
 ) -> Tensor:
     """torch's `scaled_dot_product_attention`: by `short_attention`, or by itself where that has other rules."""
     seq, keys = query.shape[-2], key.shape[-2]
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if max(seq, keys) > MAX_TOKENS or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     hidden = torch.ones(seq, keys, dtype=torch.bool).triu_(1)[None, None] if is_causal else None
@@ -130,7 +130,8 @@ def _attend(
     usual = usual and not shortcuts.is_transformed()
     usual = usual and key.shape[:2] == value.shape[:2] and (enable_gqa or query.shape[1] == key.shape[1])
     masked = (attn_mask is None or (hidden is not None and not is_causal)) and (not is_causal or seq == keys)
-    if dropout_p or not usual or not masked or (attn_mask is not None and hidden.all(-1).any()):
+    blind = attn_mask is not None and hidden is not None and hidden.all(-1).any()  # a query that must not see any key
+    if dropout_p or not usual or not masked or blind:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     return short_attention(query, key, value, hidden, scale)

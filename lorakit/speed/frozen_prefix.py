@@ -26,7 +26,8 @@ class Below:
     """
 
     def __init__(self, blocks: Sequence[nn.Module]):
-        self.blocks, self.kept = blocks, {}
+        self.blocks = blocks
+        self.kept: dict[Hashable, Tensor] = {}
 
     @contextmanager
     def batch(self, keys: Sequence[Hashable], spans: Sequence[Span], shape: torch.Size) -> Iterator[None]:

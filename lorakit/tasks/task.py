@@ -55,7 +55,8 @@ class ChatFormat:
         if prompt.count(asked) != 1 or whole.count(answer) != 1:
             raise ValueError(f"expected a chat template that shows each turn once, got {whole!r}")
         behind = whole.split(answer)[1].split()
-        return cls(*prompt.split(asked), behind[0] if behind else tokenizer.eos_token or "")
+        opening, closing = prompt.split(asked)
+        return cls(opening, closing, behind[0] if behind else tokenizer.eos_token or "")
 
 
 CHATML = ChatFormat()

@@ -69,7 +69,9 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
 
 def rows_of(lengths: Sequence[int]) -> list[list[int]]:
     """Divides texts, by index, among rows as long as the longest text: first fit, longest first."""
-    capacity, rows, free = max(lengths), [], []
+    capacity = max(lengths)
+    rows: list[list[int]] = []
+    free: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row, left in enumerate(free) if left >= lengths[i]), len(rows))
         if row == len(rows):

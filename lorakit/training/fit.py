@@ -118,7 +118,7 @@ def train(
         _check(model, run)
     device, steps, size = runs[0].params[0].device, recipe.steps, recipe.batch_size
     groups = [group for run in runs for group in run.groups or [{"params": run.params, "lr": run.lr}]]
-    fused = {"weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
+    fused: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
     optimizer = make(groups) if make else torch.optim.AdamW(groups, **fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.share)
     orders = [batches(len(run.examples), size, steps, run.seed) for run in runs]
@@ -138,7 +138,7 @@ def train(
                 wall, cpu = time.perf_counter(), time.process_time()
                 chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
                 losses = _losses(model, chosen, device, speed, orders[0][step])
-                sum(losses).backward()
+                cast(Tensor, sum(losses)).backward()
                 share = recipe.share(step)
                 for run, loss in zip(runs, losses, strict=True):
                     _clip(run, loss, step, recipe.clip)

@@ -80,7 +80,7 @@ def fit_many(
         ValueError: as `inject` and `fit`; or a layer does not see every token in order, as in a mixture of experts.
     """
     specs, recipe = list(specs), Recipe.of(recipe, numbers)
-    own = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
+    own: list[Any] = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
     check_plain(model)

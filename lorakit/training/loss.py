@@ -44,7 +44,9 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
     if head is None or head in _not_last or frozen_weight(head, next(head.parameters(), batch["labels"])) is None:
         return _formula(model, batch)
     before, targets = _labelled(batch)
-    losses, hooks, state = [], [], torch.get_rng_state()
+    losses: list[Tensor] = []
+    hooks: list[RemovableHandle] = []
+    state = torch.get_rng_state()
     sign = torch.linspace(-60, 60, linear_shape(head)[0], device=batch["labels"].device)[None, None]
 
     def shorten(_, args):
@@ -122,6 +124,6 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
     inputs |= PACKED if "position_ids" in batch else {}
     return model(**inputs).logits

@@ -53,7 +53,7 @@ def harder_questions(split: str, level: int, n: int, rng: random.Random) -> list
 
 
 def _draw(shape: words.Shape, split: str, level: int, rng: random.Random) -> Item:
-    def one(things: Iterable) -> object:
+    def one(things: Iterable) -> Any:
         things = list(things)
         return things[int(rng.random() * len(things))]
 

@@ -127,7 +127,8 @@ def run_query(
     text = _checked(query)
     with closing(_open(database, max_steps)) as connection:
         try:
-            rows, size = [], 0
+            rows: list[tuple[Value, ...]] = []
+            size = 0
             for row in connection.execute(text):
                 size += sum(len(str(cell).encode()) for cell in row)
                 if len(rows) == max_rows or size > max_bytes:

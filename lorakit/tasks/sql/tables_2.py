@@ -167,7 +167,7 @@ def _read(pools: str, tables: str) -> dict[str, Columns]:
     for line in pools.strip().splitlines():
         name, listed = line.split(": ")
         words[name] = tuple(listed.split(", "))
-    found = {}
+    found: dict[str, Columns] = {}
     for line in tables.strip().splitlines():
         table, listed = line.split(": ")
         columns = [column.split("=") for column in listed.split(", ")]
