@@ -31,7 +31,12 @@ def examine() -> dict[str, Any]:
     """
     missing, outside = check_requirements()
     machine, model = _machine(), _model()
-    report = {"versions": _versions(), "machine": machine, "model": model, "speed": accelerated.explain()}
+    report: dict[str, Any] = {
+        "versions": _versions(),
+        "machine": machine,
+        "model": model,
+        "speed": accelerated.explain(),
+    }
     report["missing"] = missing
     return report | {
         "traps": [f"{each}: outside the range that lorakit asks for" for each in outside] + find_traps(report)
@@ -121,7 +126,7 @@ def _machine() -> dict[str, Any]:
     with suppress(ImportError):
         import torch
 
-        able = getattr(torch.cpu, "get_capabilities", dict)()
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         found["cpu_flags"] = " ".join(flag for flag in CPU_FLAGS if able.get(flag)) or "none of " + " ".join(CPU_FLAGS)
         found |= {"torch_threads": torch.get_num_threads(), "torch_cuda_build": torch.version.cuda}
         found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -131,7 +136,8 @@ def _machine() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     with suppress(OSError):
-        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
+        if name := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
+            return name[1]
     return platform.processor() or "unknown"
 
 

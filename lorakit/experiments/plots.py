@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -128,7 +129,7 @@ def plot_seeds(
         title: the question that the figure answers.
         xlabel: what the settings are.
     """
-    settings = list(dict.fromkeys(setting for points in arms.values() for setting in points))
+    settings: list[Any] = list(dict.fromkeys(setting for points in arms.values() for setting in points))
     named = any(isinstance(setting, str) for setting in settings)
     settings = settings if named else sorted(settings)
     for i, ((label, points), colour) in enumerate(zip(arms.items(), COLOURS, strict=False)):

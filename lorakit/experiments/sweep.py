@@ -141,7 +141,7 @@ def _make(run: Callable, settings: list[Settings], folder: Path, batched: bool, 
 
 
 def _record(
-    folder: Path, setting: Settings, call: Callable[[], Any], facts: dict, seconds: float | None = None
+    folder: Path, setting: Settings, call: Callable[..., Any], facts: dict, seconds: float | None = None
 ) -> None:
     """Makes a run, or takes the result of one that took `seconds`, and writes what became of it."""
     start, result, error = time.perf_counter(), {}, ""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from lorakit.layers.bases import is_conv1d
+from lorakit.layers.bases import is_conv1d, weight_of
 from lorakit.layers.fused import frozen_linear
 from lorakit.layers.nf4 import (
     BLOCK_SIZE,
@@ -37,6 +37,8 @@ class NF4Linear(nn.Module):
         source_cls: the class of the layer that was quantised.
     """
 
+    out_features: int
+    in_features: int
     codes: Tensor
     bias: nn.Parameter | None
 
@@ -50,7 +52,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         if not (type(linear) is nn.Linear or is_conv1d(linear)) or not linear.weight.is_floating_point():
             raise ValueError(f"expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
-        W = linear.weight.detach()
+        W = weight_of(linear).detach()
         W = W.T if is_conv1d(linear) else W
         self.out_features, self.in_features = W.shape
         self.dtype, self.block_size, self.codebook, self.source_cls = W.dtype, block_size, codebook, type(linear)

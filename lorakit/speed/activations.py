@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.layers import shortcuts
-from lorakit.layers.bases import frozen_weight, is_watched, linear_shape
+from lorakit.layers.bases import frozen_weight, is_watched, linear_shape, weight_of
 from lorakit.layers.bnb import repacking_prevented
 from lorakit.layers.lora import LoRALinear
 from lorakit.speed.patching import patched_forwards
@@ -73,7 +73,7 @@ def _lean_block(block: Any) -> Forward | None:
     act, down, up = block.act_fn, block.down_proj, block.up_proj
     if is_watched(act) or is_watched(down) or type(down) is not LoRALinear or not hasattr(down.base, "weight"):
         return None
-    W = down.base.weight
+    W = weight_of(down.base)
     dtype = W.dtype if W.is_floating_point() else getattr(down.base, "compute_dtype", down.A.dtype)
     if dtype is None:  # bitsandbytes takes the first input's
         return None

@@ -62,8 +62,8 @@ def greedy(
     }
     if ends:
         settings["eos_token_id"] = sorted(ends)
-    if len(stop_ids) > 1:
-        settings["stopping_criteria"] = [lambda rows, _: _ends(rows, stop, tokenizer)]
+    if stop is not None and len(stop_ids) > 1:
+        settings["stopping_criteria"] = [lambda rows, _, stop=stop: _ends(rows, stop, tokenizer)]
     answers, was_training = [""] * len(ids), model.training
     model.eval()
     try:

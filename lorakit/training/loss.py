@@ -1,12 +1,14 @@
 """Cross-entropy of the labelled tokens, without ever holding the logits of a whole batch."""
 
 import weakref
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.layers.bases import frozen_weight, linear_shape
 from lorakit.training.batch import IGNORE, PACKED, Batch

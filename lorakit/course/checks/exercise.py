@@ -37,7 +37,7 @@ class Exercise:
             and its case that yields what is to be compared, as (name, tensor), and may `require` more in between.
     """
 
-    def __init__(self, cases: Callable[[], Iterator[Case]], right: str, values: str | Callable = "the answer"):
+    def __init__(self, cases: Callable[..., Iterator[Case]], right: str, values: str | Callable = "the answer"):
         self.cases, self.right = cases, right
         self.values = _named(values) if isinstance(values, str) else values
         self.__module__, self.__name__, self.__doc__ = cases.__module__, cases.__name__, cases.__doc__

@@ -64,7 +64,7 @@ def check_merge() -> Iterator[Case]:
     """Checks `merge(base, A, B, alpha) -> nn.Linear`: any rank and alpha, with and without bias."""
     for (d_out, d_in, rank, alpha), bias in product(SIZES, (False, True)):
         layer = _trained_layer(d_out, d_in, rank, alpha, bias)
-        A, B, W, b = layer.A.detach(), layer.B.detach(), layer.base.weight.detach(), layer.base.bias
+        A, B, W, b = layer.A.detach(), layer.B.detach(), layer.weight.detach(), layer.bias
         delta = layer.delta_weight().detach()
         weights = {
             "is W + B A, off by exactly alpha / r: did you forget the scale?": W + B @ A,
@@ -76,7 +76,7 @@ def check_merge() -> Iterator[Case]:
         if d_out == d_in:
             weights["has the update transposed: B A is (d_out, d_in), as W is"] = W + delta.T
         wrong = {hint: _linear(weight, b) for hint, weight in weights.items()}
-        if bias:
+        if b is not None:
             wrong |= {"is that of a new layer": _linear(W + delta, 0 * b)}
             wrong |= {"has been scaled": _linear(W + delta, layer.scale * b)}
         on = f"nn.Linear({d_in}, {d_out}, bias={bias}), r = {rank}, alpha = {alpha:g}"
@@ -109,7 +109,7 @@ def check_layer(layer: Any) -> None:
     print("right: starts as the base, trains A and B alone, s = alpha / r, dropout on the adapter's input alone")
 
 
-def _check_start(mine: nn.Module, reference: LoRALinear, on: str) -> None:
+def _check_start(mine: Any, reference: LoRALinear, on: str) -> None:
     require(not mine.B.any(), on, "the model changes before training begins: B must start at zero")
     require(bool(mine.A.any()), on, "A and B both start at zero, so both gradients are zero for ever: draw A at random")
     trains = {name for name, p in mine.named_parameters() if p.requires_grad}
@@ -121,7 +121,7 @@ def _check_start(mine: nn.Module, reference: LoRALinear, on: str) -> None:
     require(same(_output(mine.train(), x, on), reference.base(x).double()), on, message)
 
 
-def _check_forward(mine: nn.Module, reference: LoRALinear, on: str) -> None:
+def _check_forward(mine: Any, reference: LoRALinear, on: str) -> None:
     mine.A.data, mine.B.data = reference.A.detach().clone(), reference.B.detach().clone()
     x = random_matrix(5, mine.A.shape[1], seed=4)
     y, update = reference.base(x), x @ reference.A.T @ reference.B.T
@@ -144,7 +144,7 @@ def _check_forward(mine: nn.Module, reference: LoRALinear, on: str) -> None:
     require(same(moved, full * kept), on, message)
 
 
-def _output(mine: nn.Module, x: Tensor, on: str) -> Tensor:
+def _output(mine: Any, x: Tensor, on: str) -> Tensor:
     y, shape = as_tensor(ask(mine, x, on=on), on, "the output"), (len(x), len(mine.B))
     require(y.shape == shape, on, f"the output should have shape {shape}, got {tuple(y.shape)}")
     return y
@@ -155,7 +155,7 @@ def check_swap() -> Iterator[Case]:
     """Checks `swap(weight, old, new) -> weight`: one merged adapter out, another in; each is (A, B, alpha)."""
     for d_out, d_in, (r1, alpha1), (r2, alpha2) in [(5, 8, (2, 3.0), (4, 10.0)), (6, 6, (3, 1.5), (1, 2.5))]:
         old, new = _trained_layer(d_out, d_in, r1, alpha1), _trained_layer(d_out, d_in, r2, alpha2)
-        W, P, Q = old.base.weight.detach(), old.delta_weight().detach(), new.delta_weight().detach()
+        W, P, Q = old.weight.detach(), old.delta_weight().detach(), new.delta_weight().detach()
         BA, DC = P / old.scale, Q / new.scale
         mistakes = {
             "still holds the old adapter: subtract its update first": W + P + Q,
@@ -179,11 +179,11 @@ def check_first_update() -> Iterator[Case]:
         nn.init.zeros_(layer.B)
         A, s = layer.A.detach().clone(), layer.scale
         layer.base.requires_grad_(True)
-        layer(x).square().sum(1).mean().backward()
-        grad_W = layer.base.weight.grad.clone()
+        loss = layer(x).square().sum(1).mean()
+        grad_W, dA, dB = torch.autograd.grad(loss, [layer.weight, layer.A, layer.B])
         layer.base.requires_grad_(False)
-        for p in (layer.A, layer.B):
-            p.data -= lr * p.grad  # the step of SGD whose outcome the answer predicts
+        for p, grad in ((layer.A, dA), (layer.B, dB)):
+            p.data -= lr * grad  # the step of SGD whose outcome the answer predicts
         mistakes = {
             "has s once: it is in the gradient of B, and again in s B A": -lr * s * grad_W @ A.T @ A,
             "has the wrong sign: SGD steps against the gradient": lr * s * s * grad_W @ A.T @ A,

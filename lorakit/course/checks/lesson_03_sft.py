@@ -24,7 +24,7 @@ TEXTS = [  # prompt, completion, length, pad_id; every completion ends with 2, t
 RENAMED = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"}
 RENAMED |= {"no_cuda": "use_cpu", "warmup_ratio": "warmup_steps"}
 GONE = ("overwrite_output_dir", "save_safetensors", "tokenizer")  # the last one to the trainer, as processing_class
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {"output_dir": "out", "max_seq_length": 512, "learning_rate": 2e-4},
     {"evaluation_strategy": "steps", "eval_steps": 50, "no_cuda": True},
     {"warmup_ratio": 0.03, "dataset_text_field": "text", "tokenizer": "my tokenizer"},
@@ -199,7 +199,8 @@ def _adapter(made: list, on: str) -> list[nn.Parameter]:
     """The parameters of the adapter, once every model is seen to be trained as its arm says."""
     require(bool(made), on, "make_model was never called: it gives each arm a base of its own")
     require(len(made) > 1, on, "one model was made and trained twice: full fine-tuning began where LoRA ended")
-    base, full, adapters = list(_small_llama().parameters()), 0, []
+    base, full = list(_small_llama().parameters()), 0
+    adapters: list[nn.Parameter] = []
     for model, old in made:
         moved = sum(
             not same(p.detach().cpu().double(), q.detach().double(), 0.0) for p, q in zip(old, base, strict=True)

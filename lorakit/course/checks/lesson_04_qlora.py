@@ -114,9 +114,9 @@ def check_round_trip() -> Iterator[Case]:
             "takes other blocks' absmax: use repeat_interleave(block_size)": CODES[rows] * scales.repeat(size)[:n],
             "takes the low half of a byte first": CODES[turned[:n]] * each,
         }
-        back = (CODES[rows] * each).view(shape), {hint: wrong.view(shape) for hint, wrong in back.items()}
+        whole = (CODES[rows] * each).view(shape), {hint: wrong.view(shape) for hint, wrong in back.items()}
         on = f"x {shape}, blocks of {size}"
-        yield Case(on, (x.view(shape), size), *in_parts((want, codes), (scales, absmax), back))
+        yield Case(on, (x.view(shape), size), *in_parts((want, codes), (scales, absmax), whole))
 
 
 def _packed(codes: Tensor) -> Tensor:
@@ -171,7 +171,9 @@ def check_step(step: Any) -> None:
         on = f"W ({d_out}, {d_in}), x {(*many, d_in)}, r = {rank}, s = {s}{'' if wants else ', x without a gradient'}"
         shapes = (d_out, d_in), (*many, d_in), (rank, d_in), (d_out, rank), (*many, d_out)
         W, x, A, B, dy = (random_matrix(*shape, seed=seed) for seed, shape in enumerate(shapes))
-        made, given, kept = [], [], []
+        made: list[weakref.ref] = []
+        given: list[Any] = []
+        kept: list[int] = []
 
         def make_weight(W=W, made=made):
             memory = W.numpy().copy()
@@ -213,7 +215,8 @@ def check_step(step: Any) -> None:
 
 def check_four_bits(compare: Any) -> None:
     """Checks `compare(make_model, examples) -> {"LoRA": record, "QLoRA": record}`: equal terms, and honest bytes."""
-    on, made, arms = "a Llama of two layers", [], {}
+    on, arms = "a Llama of two layers", {}
+    made: list[tuple[nn.Module, list[list[Tensor]]]] = []
     record = ask(compare, lambda: _llama(made), EXAMPLES, on=on)
     require(len(made) == 2, on, f"make_model was called {len(made)} times, expected 2: each arm has its own model")
     for model, passes in made:
@@ -240,7 +243,8 @@ def check_four_bits(compare: Any) -> None:
         bases.append((arm, size, weights, sum(t.numel() for t in tensors), loss))
     bases, n = sorted(bases), sum(p.numel() for p in a[0])
     for (arm, *_, loss), case in zip(bases, _records.cases(bases, n), strict=True):
-        here, row = case.on, record.get(arm) if isinstance(record, dict) else None
+        here = case.on
+        row: Any = record.get(arm) if isinstance(record, dict) else None
         require(isinstance(row, dict), here, f"expected a record, a dict, under {arm!r}, got {type(row).__name__}")
         _records.judge([row.get(name) for name in ("base_bytes", "trained", "first_loss")], case)
         final, seconds = (as_tensor(row.get(name), here, name) for name in ("final_loss", "seconds"))
@@ -267,7 +271,7 @@ def _records(bases: Any = (("LoRA", 90, 80, 23, 3.0), ("QLoRA", 40, 24, 16, 3.1)
 def _llama(made: list) -> nn.Module:
     """A Llama whose weights are so wide that four bits show in its loss; it notes what trains, at each pass."""
     transformers, passes = need("transformers"), []
-    sizes = {"vocab_size": 24, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 24, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)

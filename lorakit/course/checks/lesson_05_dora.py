@@ -17,7 +17,7 @@ MATRICES = [(24, 40, 3, 1.5), (40, 24, 4, 0.5), (16, 16, 2, 2.0)]  # d_out, d_in
 RANKS = [(24.0, 16, 64), (8.0, 64, 16), (16.0, 4, 4)]  # alpha, the rank that it is for, another rank
 SPLITS = [(24, 40, 3, 2.0), (40, 24, 5, 0.5), (16, 16, 16, 1.0)]  # d_out, d_in, rank, s
 SIZES = {"q_proj": 8, "k_proj": 6, "up_proj": 8, "down_proj": 10}  # directions of a layer
-ARMS = [  # name, accuracies of three seeds, seconds of a step, bytes
+ARMS: list[dict[str, Any]] = [  # name, accuracies of three seeds, seconds of a step, bytes
     {"name": "LoRA", "accuracy": [0.94, 0.95, 0.93], "seconds": 1.0, "bytes": 900},
     {"name": "QLoRA", "accuracy": [0.80, 0.89, 0.86], "seconds": 1.3, "bytes": 400},
     {"name": "DoRA", "accuracy": [0.965, 0.975, 0.955], "seconds": 1.2, "bytes": 950},
@@ -126,13 +126,13 @@ def check_pissa() -> Iterator[Case]:
             "is divided by s twice: by its root in each factor": factors(top[0], top[1] / s**2),
             "is multiplied by s: divide": factors(top[0], top[1] * s),
         }
-        wrong = {hint: (*pair, keep) for hint, pair in wrong.items()} | {
+        split = {hint: (*pair, keep) for hint, pair in wrong.items()} | {
             "is W: take s B A off": (A, B, W),
             "lacks the scale: it is W - s B A": (A, B, W.double() - update / s),
             "is the part that trains: the rest stays behind": (A, B, update),
             "is W + s B A: take it off": (A, B, W.double() + update),
         }
-        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, rank, s), (A, B, keep), wrong)
+        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, rank, s), (A, B, keep), split)
 
 
 def check_allocate(allocate: Any) -> None:

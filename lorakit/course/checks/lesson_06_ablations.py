@@ -117,11 +117,12 @@ def _row(rank: int, all_rates: list[dict]) -> list[tuple[float, dict[str, float]
     best = max(rates.values(), key=fmean)
     every = [value for values in rates.values() for value in values]
     common = max(rates, key=lambda lr: fmean(fmean(each[lr]) for each in all_rates))
+    luckiest, of_seed_0 = max(rates.values(), key=max), max(rates.values(), key=lambda values: values[0])
     means = {
         "is the best single run: one lucky seed is no result": max(every),
         "is the mean over all rates: bad rates are not the rank's fault": fmean(every),
-        "is at the rate with the best single run: compare means over seeds": fmean(max(rates.values(), key=max)),
-        "is at the rate that is best for seed 0": fmean(max(rates.values(), key=lambda values: values[0])),
+        "is at the rate with the best single run: compare means over seeds": fmean(luckiest),
+        "is at the rate that is best for seed 0": fmean(of_seed_0),
         "is at one rate for all ranks: each should have its own best": fmean(rates[common]),
         "is at the smallest rate": fmean(rates[min(rates)]),
         "is at the largest rate": fmean(rates[max(rates)]),
@@ -141,7 +142,10 @@ def _row(rank: int, all_rates: list[dict]) -> list[tuple[float, dict[str, float]
         "is that of a 90 % interval: 2.5 % lie on either side": half * t.ppf(0.95, 2) / t.ppf(0.975, 2),
         "is t times the standard deviation: a mean scatters less, by sqrt(n)": half * math.sqrt(3),
     }
-    row = [(1000 * rank, {"is the rank: `trainable` is asked for": rank}), (fmean(best), means)]
+    row: list[tuple[float, dict[str, float]]] = [
+        (1000 * rank, {"is the rank: `trainable` is asked for": rank}),
+        (fmean(best), means),
+    ]
     for sign, extreme in ((-1, min(best)), (1, max(best))):
         hints = {hint: fmean(best) + sign * width for hint, width in widths.items()}
         hints["is the worst or best seed"] = extreme
@@ -245,7 +249,7 @@ def check_design(design: Any) -> None:
         require(fit >= 3, on, f"{fit} seeds fit, and three are needed: expected a ValueError")
         require(isinstance(grid, dict), on, "expected a grid: a dict of parameter -> list of values")
         require(sorted(grid) == ["alpha", "lr", "rank", "seed"], on, "expected exactly rank, alpha, lr and seed")
-        wanted = {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(range(fit))}
+        wanted: dict[str, list] = {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(range(fit))}
         for name, values in wanted.items():
             given = list(grid[name]) if isinstance(grid[name], list | tuple | range) else [grid[name]]
             if name != "seed":

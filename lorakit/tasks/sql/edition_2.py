@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 from lorakit._suggest import near_names
 from lorakit.tasks.sql import frames_held_out, frames_train, tables_2
@@ -165,20 +166,24 @@ def _of_kind(table: str, kind: type) -> list[str]:
 
 @cache
 def _values(table: str, column: str, held_out: bool) -> tuple[str, ...]:
-    words = tables_2.TABLES[table][column]
+    words = cast(tuple[str, ...], tables_2.TABLES[table][column])
     cut = len(words) - len(words) // 3
     return words[cut:] if held_out else words[:cut]
+
+
+def _range(table: str, column: str) -> range:
+    return cast(range, tables_2.TABLES[table][column])
 
 
 @cache
 def _bounds(table: str, column: str, held_out: bool) -> tuple[int, ...]:
     """Thresholds that questions about this column use: up to 8, or 4 held out."""
-    numbers = [number for number in inner(tables_2.TABLES[table][column]) if is_held_out(number) == held_out]
+    numbers = [number for number in inner(_range(table, column)) if is_held_out(number) == held_out]
     return tuple(shuffled(numbers, random.Random(f"2/{table}/{column}"))[: 4 if held_out else 8])
 
 
 def _limits(table: str, column: str, held_out: bool) -> list[int]:
-    longest = longest_ranking(tables_2.TABLES[table][column])
+    longest = longest_ranking(_range(table, column))
     return [limit for limit in LIMITS if limit <= longest and is_held_out(limit) == held_out]
 
 
