@@ -137,7 +137,7 @@ def training_texts(tokenizer: Any, n: int, seed: int = SEED) -> list[Example]:
 
 def pretrain(
     steps: int = STEPS, batch_size: int = BATCH, lr: float = LR, seed: int = SEED, show: bool = True
-) -> tuple[nn.Module, Any, History]:
+) -> tuple[Any, Any, History]:
     """Makes the tiny base from nothing, on one thread so that sums are taken in one order.
 
     Returns:
