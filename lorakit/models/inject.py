@@ -70,7 +70,8 @@ def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Mod
     """Every place at which a model holds one of `modules`, as (parent, name in it, module)."""
     found = []
     for parent in model.modules():
-        found += [(parent, child, module) for child, module in parent._modules.items() if module and module in modules]
+        held = [(child, module) for child, module in parent._modules.items() if module is not None]
+        found += [(parent, child, module) for child, module in held if module in modules]
     return found
 
 
