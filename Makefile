@@ -42,7 +42,7 @@ test: lint ## all tests: the package, each lesson on a tiny model, and the lesso
 	@$(PYTEST) tests
 	@$(PYTEST) $(LESSONS) --nbval --nbval-current-env --nbval-cell-timeout 1200 --no-loadscope-reorder
 
-quick: lint ## in two minutes what breaks most often: neither lessons nor the base model nor what takes long
+quick: lint ## in about two minutes what breaks most often: neither lessons nor the base model nor what takes long
 	@$(PYTEST) tests -m "not slow and not long"
 
 lint: $(READY) ## check style and format, notebooks included, and the package's types
