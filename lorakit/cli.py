@@ -60,12 +60,15 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _declare_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where to write, such as data/sql")
+    parser.add_argument(
+        "--version", type=int, default=1, choices=(1, 2), help="the task's edition (default: %(default)s)"
+    )
 
 
 def _data(args: argparse.Namespace) -> int:
     from lorakit.tasks.sql import task
 
-    task.write(args.folder)
+    task.write(args.folder, args.version)
     print(args.folder)
     return 0
 

@@ -8,7 +8,7 @@ together: [rank, alpha, lr, seed]
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, update_wrapper
+from functools import partial, update_wrapper
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,8 +29,6 @@ from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Spec, fit_many
 from lorakit.training.optim import OPTIMIZERS
 
-TESTED = 208  # questions about new tables
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -39,20 +37,32 @@ class Setting:
     Args:
         task: "facts" to memorise, "sql", or a folder with `train.jsonl` and `test.jsonl`, one object with `prompt` and
             `completion` a line.
-        n: training examples: the first n of the task's; 0 for all.
+        n: training examples: the first n of the task's; 0 for as many as usual.
         level: of the SQL task, 1 to 4.
+        version: of the SQL task: its first edition or its second.
+        frames, tables: of the second, how many ways of asking a shape and how many tables training shows; 0 for all.
+        draw: of the second, the seed of the questions that training shows, and of these frames and tables.
+        test: of the SQL task, the split to test on, or several in a list (in a grid, a list in a list).
+        tested: questions of each such split; the stranger's are always taken all.
         model: name or folder, as for `load_model`.
         rank: of the adapters; 0 for full fine-tuning.
         alpha: a number, or a multiple of the rank such as "2r".
         lr, steps, batch_size, loraplus_ratio: as for `fit`.
         seed: of the facts, the start of A, the data's order and dropout.
         targets, scale_rule, dropout: as for `inject`; targets may be a list in a list of a grid.
+        weight_decay: as for `fit`, with adamw.
         optimizer: one of `OPTIMIZERS`.
     """
 
     task: str = "facts"
     n: int = 0
     level: int = 1
+    version: int = 1
+    frames: int = 0
+    tables: int = 0
+    draw: int = 0
+    test: str | Sequence[str] = "tables"
+    tested: int = 208
     model: str = "tiny"
     rank: int = 8
     alpha: float | str = "2r"
@@ -63,12 +73,17 @@ class Setting:
     targets: str | Sequence[str] = "all-linear"
     scale_rule: str = "lora"
     dropout: float = 0.0
+    weight_decay: float = 0.0
     optimizer: str = "adamw"
     loraplus_ratio: float = 1.0
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"expected an optimizer of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"expected weight_decay with adamw only, got it with {self.optimizer!r}, which sets its own"
+            )
         if isinstance(self.alpha, str) and not re.fullmatch(r"\d*\.?\d*r", self.alpha):
             raise ValueError(f"expected alpha as a number or a multiple of the rank such as '2r', got {self.alpha!r}")
 
@@ -95,13 +110,14 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trains and tests once for every setting, several adapters at once where `fit_many` can.
 
     Args:
-        settings: fields of `Setting`; those together in one call have task, n, level, model, steps and batch_size in
-            common.
+        settings: fields of `Setting`; those together in one call have task, n, level, version, model, steps, batch_size
+            and weight_decay in common.
 
     Returns:
         for each `correct`, the share of test completions that the model gives exactly, in [0, 1]; `loss` on them, in
-        nats a token; `train_loss`, of the last tenth of the steps; `trainable` parameters; for facts `known`, the
-        share of those that the base knew and still gives. The test of facts is on the facts that were taught.
+        nats a token, both with `_SPLIT` behind the name if `test` is a list; `train_loss`, of the last tenth of the
+        steps; `tokens` seen in training; `trainable` parameters; for facts `known`, the share of those that the base
+        knew and still gives. The test of facts is on the facts that were taught.
 
     Raises:
         TypeError, ValueError: a setting is unknown or impossible.
@@ -110,15 +126,16 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = [Setting(**setting) for setting in settings]
     model, tokenizer = load_model(chosen[0].model)
     data = [examples(each, tokenizer) for each in chosen]
-    shared: dict[str, Any] = {"steps": chosen[0].steps, "batch_size": chosen[0].batch_size, "show": False}
+    shared: dict[str, Any] = {name: getattr(chosen[0], name) for name in ("steps", "batch_size", "weight_decay")}
+    shared["show"] = False
     specs = [spec for each in chosen if (spec := each.spec)]
     if len(specs) == len(chosen) > 1:
         found = []
-        for fitted, (_, test) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
+        for fitted, (_, tests) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
             if fitted.error:
                 raise FloatingPointError(fitted.error)
             trainable = count(fitted.attach(model)).trainable
-            found.append(_tested(model, tokenizer, chosen[0], test, fitted.history, trainable))
+            found.append(_tested(model, tokenizer, chosen[0], tests, fitted.history, trainable))
             remove(model)
         return found
     return [_one(each, *own, shared) for each, own in zip(chosen, data, strict=True)]
@@ -156,31 +173,38 @@ def _from_folder(function: Callable[..., Any], folder: Path, settings: Any = Non
     return function(**placed(setting)) if settings is None else function([placed(each) for each in settings])
 
 
-def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """What a run is taught, and what it is tested on.
+def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], dict[str, list[Example]]]:
+    """What a run is taught, and what it is tested on: name behind `correct` -> examples.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks a file.
-        ValueError: there are fewer than n examples, or a line is not one.
+        ValueError: there are fewer than n examples, no such split, or a line is not an example.
     """
+    n = setting.n or None
     if setting.task == "facts":
-        taught = FACTS.encode(tokenizer, FACTS.items("new", setting.n or None, setting.seed))
-        return taught, taught
-    if setting.task == "sql":
-        task = sql_task(setting.level)
-        train, test = _questions("train", None, setting.level), _questions("tables", TESTED, setting.level)
-    else:
+        taught = FACTS.encode(tokenizer, FACTS.items("new", n, setting.seed))
+        return taught, {"": taught}
+    if setting.task != "sql":
         task = own_task(setting.task)
-        train, test = task.items("train"), task.items("test")
+        train, tests = task.items("train"), {"": task.items("test")}
+    else:
+        task = sql_task(
+            setting.level, version=setting.version, frames=setting.frames or None, tables=setting.tables or None
+        )
+        train = task.items("train", n, setting.draw) if setting.version > 1 else task.items("train")
+        several = not isinstance(setting.test, str)
+        tests = {
+            f"_{split}" * several: task.items(split, None if split == "stranger" else setting.tested)
+            for split in (setting.test if several else [setting.test])
+        }
     if not setting.n <= len(train):
         raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
-    return task.encode(tokenizer, train[: setting.n or None]), task.encode(tokenizer, test)
+    return task.encode(tokenizer, train[:n]), {name: task.encode(tokenizer, items) for name, items in tests.items()}
 
 
-_questions = cache(lambda split, n, level: sql_task(level).items(split, n))
-
-
-def _one(setting: Setting, taught: list[Example], test: list[Example], shared: dict[str, Any]) -> dict[str, Any]:
+def _one(
+    setting: Setting, taught: list[Example], tests: dict[str, list[Example]], shared: dict[str, Any]
+) -> dict[str, Any]:
     model, tokenizer = load_model(setting.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
@@ -197,18 +221,23 @@ def _one(setting: Setting, taught: list[Example], test: list[Example], shared: d
         optimizer=OPTIMIZERS[setting.optimizer],
         **shared,
     )
-    return _tested(model, tokenizer, setting, test, history, count(model).trainable)
+    return _tested(model, tokenizer, setting, tests, history, count(model).trainable)
 
 
 def _tested(
-    model: nn.Module, tokenizer: Any, setting: Setting, test: list[Example], history: History, trainable: int
+    model: nn.Module,
+    tokenizer: Any,
+    setting: Setting,
+    tests: dict[str, list[Example]],
+    history: History,
+    trainable: int,
 ) -> dict[str, Any]:
-    scores = teacher_forced(model, test, batch_size=256 if setting.task == "facts" else 32, show=False)
-    tokens = sum(label != IGNORE for example in test for label in example.labels[1:])
-    found = {
-        "correct": fmean(exact for exact, _ in scores),
-        "loss": sum(nats for _, nats in scores) / tokens,
-        "train_loss": fmean(history.loss[-max(1, len(history.loss) // 10) :]),
-        "trainable": trainable,
-    }
+    found: dict[str, Any] = {}
+    for name, test in tests.items():
+        scores = teacher_forced(model, test, batch_size=256 if setting.task == "facts" else 32, show=False)
+        tokens = sum(label != IGNORE for example in test for label in example.labels[1:])
+        found["correct" + name] = fmean(exact for exact, _ in scores)
+        found["loss" + name] = sum(nats for _, nats in scores) / tokens
+    found["train_loss"] = fmean(history.loss[-max(1, len(history.loss) // 10) :])
+    found |= {"tokens": sum(history.tokens), "trainable": trainable}
     return found | ({"known": recall(model, tokenizer, known_facts())} if setting.task == "facts" else {})

@@ -1,6 +1,6 @@
 """The text-to-SQL task: questions over tables, in four levels, five splits, the prompt, execution accuracy on sqlite3.
 
-`lorakit data FOLDER` writes the data files, the same bytes each time.
+`lorakit data FOLDER --version 2` writes the data files, the same bytes each time.
 
 Behind this module: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold tables, values
 and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and writes. The
@@ -223,11 +223,16 @@ def _draw(split: str, n: int | None, seed: int, **kind: Any) -> list[Item]:
 SQL = sql_task()
 
 
-def write(folder: str | os.PathLike) -> None:
-    """Writes the data files and their card, see `files.write_files`.
+def write(folder: str | os.PathLike, version: int = 1) -> None:
+    """Writes the data files of an edition and their card, see `files.write_files`.
 
     Args:
         folder: where to write; made if missing.
+        version: the edition, 1 or 2.
+
+    Raises:
+        ValueError: there is no such edition.
     """
-    splits = {split: generate(split) for split in SPLITS}
-    write_files(folder, splits, {table: populations(table) for table in words.TABLES})
+    splits = {split: generate(split, version=version) for split in (edition_2.SPLITS if version == 2 else SPLITS)}
+    tables = edition_2.tables_2.TABLES if version == 2 else words.TABLES
+    write_files(folder, version, splits, {table: populations(table) for table in tables})
