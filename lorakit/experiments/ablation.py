@@ -22,12 +22,15 @@ from lorakit.models.load import load_model
 from lorakit.models.merge import remove
 from lorakit.tasks.facts import FACTS, known_facts, recall
 from lorakit.tasks.sql.task import sql_task
-from lorakit.tasks.task import own_task
+from lorakit.tasks.task import Task, own_task
 from lorakit.training.batch import IGNORE, Example
 from lorakit.training.evaluate import teacher_forced
 from lorakit.training.fit import History, fit
 from lorakit.training.fit_many import Spec, fit_many
 from lorakit.training.optim import OPTIMIZERS
+
+# What the settings of one call share
+COMMON = ("task", "n", "level", "version", "model", "steps", "batch_size", "weight_decay", "test", "tested", "answers")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Setting:
         draw: of the second, the seed of the questions that training shows, and of these frames and tables.
         test: of the SQL task, the split to test on, or several in a list (in a grid, a list in a list).
         tested: questions of each such split; the stranger's are always taken all.
+        answers: also have the model answer what it does not get exactly, and score that as the task does.
         model: name or folder, as for `load_model`.
         rank: of the adapters; 0 for full fine-tuning.
         alpha: a number, or a multiple of the rank such as "2r".
@@ -63,6 +67,7 @@ class Setting:
     draw: int = 0
     test: str | Sequence[str] = "tables"
     tested: int = 208
+    answers: bool = False
     model: str = "tiny"
     rank: int = 8
     alpha: float | str = "2r"
@@ -110,35 +115,45 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trains and tests once for every setting, several adapters at once where `fit_many` can.
 
     Args:
-        settings: fields of `Setting`; those together in one call have task, n, level, version, model, steps, batch_size
-            and weight_decay in common.
+        settings: fields of `Setting`; those together in one call have `COMMON` in common.
 
     Returns:
         for each `correct`, the share of test completions that the model gives exactly, in [0, 1]; `loss` on them, in
-        nats a token, both with `_SPLIT` behind the name if `test` is a list; `train_loss`, of the last tenth of the
-        steps; `tokens` seen in training; `trainable` parameters; for facts `known`, the share of those that the base
-        knew and still gives. The test of facts is on the facts that were taught.
+        nats a token; with `answers` also `right`, the share of answers that are right as the task sees it (queries that
+        find the right rows); all three with `_SPLIT` behind the name if `test` is a list; `train_loss`, of the last
+        tenth of the steps; `tokens` seen in training; `trainable` parameters; for facts `known`, the share of those
+        that the base knew and still gives. The test of facts is on the facts that were taught.
 
     Raises:
         TypeError, ValueError: a setting is unknown or impossible.
         FloatingPointError: a run diverged.
     """
     chosen = [Setting(**setting) for setting in settings]
+    apart = [name for name in COMMON if any(getattr(each, name) != getattr(chosen[0], name) for each in chosen)]
+    if apart:
+        raise ValueError(f"expected settings that have {', '.join(COMMON)} in common, got other {', '.join(apart)}")
     model, tokenizer = load_model(chosen[0].model)
-    data = [examples(each, tokenizer) for each in chosen]
+    data = [items(each) for each in chosen]
+    taught = [task.encode(tokenizer, own) for task, own, _ in data]
     shared: dict[str, Any] = {name: getattr(chosen[0], name) for name in ("steps", "batch_size", "weight_decay")}
     shared["show"] = False
     specs = [spec for each in chosen if (spec := each.spec)]
     if len(specs) == len(chosen) > 1:
         found = []
-        for fitted, (_, tests) in zip(fit_many(model, [own for own, _ in data], specs, **shared), data, strict=True):
+        for fitted, setting, (task, _, tests) in zip(
+            fit_many(model, taught, specs, **shared), chosen, data, strict=True
+        ):
             if fitted.error:
                 raise FloatingPointError(fitted.error)
             trainable = count(fitted.attach(model)).trainable
-            found.append(_tested(model, tokenizer, chosen[0], tests, fitted.history, trainable))
+            scores = _scores(model, tokenizer, task, tests, setting)
+            found.append(scores | _summary(fitted.history, trainable))
             remove(model)
         return found
-    return [_one(each, *own, shared) for each, own in zip(chosen, data, strict=True)]
+    return [
+        _one(setting, own, task, tests, shared)
+        for setting, own, (task, _, tests) in zip(chosen, taught, data, strict=True)
+    ]
 
 
 def run(**setting: Any) -> dict[str, Any]:
@@ -173,24 +188,24 @@ def _from_folder(function: Callable[..., Any], folder: Path, settings: Any = Non
     return function(**placed(setting)) if settings is None else function([placed(each) for each in settings])
 
 
-def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], dict[str, list[Example]]]:
-    """What a run is taught, and what it is tested on: name behind `correct` -> examples.
+def items(setting: Setting) -> tuple[Task, list[Any], dict[str, list[Any]]]:
+    """The task of a run, the items that it is taught, and those that it is tested on: what stands behind the names of
+    the results -> items.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks a file.
-        ValueError: there are fewer than n examples, no such split, or a line is not an example.
+        ValueError: there are fewer than n items, no such split, or a line is not an item.
     """
     n = setting.n or None
     if setting.task == "facts":
-        taught = FACTS.encode(tokenizer, FACTS.items("new", n, setting.seed))
-        return taught, {"": taught}
+        taught = FACTS.items("new", n, setting.seed)
+        return FACTS, taught, {"": taught}
     if setting.task != "sql":
         task = own_task(setting.task)
         train, tests = task.items("train"), {"": task.items("test")}
     else:
-        task = sql_task(
-            setting.level, version=setting.version, frames=setting.frames or None, tables=setting.tables or None
-        )
+        variety = {"frames": setting.frames or None, "tables": setting.tables or None}
+        task = sql_task(setting.level, version=setting.version, **variety)
         train = task.items("train", n, setting.draw) if setting.version > 1 else task.items("train")
         several = not isinstance(setting.test, str)
         tests = {
@@ -199,11 +214,11 @@ def examples(setting: Setting, tokenizer: Any) -> tuple[list[Example], dict[str,
         }
     if not setting.n <= len(train):
         raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
-    return task.encode(tokenizer, train[:n]), {name: task.encode(tokenizer, items) for name, items in tests.items()}
+    return task, train[:n], tests
 
 
 def _one(
-    setting: Setting, taught: list[Example], tests: dict[str, list[Example]], shared: dict[str, Any]
+    setting: Setting, taught: list[Example], task: Task, tests: dict[str, list[Any]], shared: dict[str, Any]
 ) -> dict[str, Any]:
     model, tokenizer = load_model(setting.model)
     with torch.random.fork_rng(devices=[]):
@@ -221,23 +236,26 @@ def _one(
         optimizer=OPTIMIZERS[setting.optimizer],
         **shared,
     )
-    return _tested(model, tokenizer, setting, tests, history, count(model).trainable)
+    return _scores(model, tokenizer, task, tests, setting) | _summary(history, count(model).trainable)
 
 
-def _tested(
-    model: nn.Module,
-    tokenizer: Any,
-    setting: Setting,
-    tests: dict[str, list[Example]],
-    history: History,
-    trainable: int,
+def _summary(history: History, trainable: int) -> dict[str, Any]:
+    last = history.loss[-max(1, len(history.loss) // 10) :]
+    return {"train_loss": fmean(last), "tokens": sum(history.tokens), "trainable": trainable}
+
+
+def _scores(
+    model: nn.Module, tokenizer: Any, task: Task, tests: dict[str, list[Any]], setting: Setting
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, test in tests.items():
-        scores = teacher_forced(model, test, batch_size=256 if setting.task == "facts" else 32, show=False)
-        tokens = sum(label != IGNORE for example in test for label in example.labels[1:])
+    for name, asked in tests.items():
+        examples = task.encode(tokenizer, asked)
+        scores = teacher_forced(model, examples, batch_size=256 if task is FACTS else 32, show=False)
+        tokens = sum(label != IGNORE for example in examples for label in example.labels[1:])
         found["correct" + name] = fmean(exact for exact, _ in scores)
         found["loss" + name] = sum(nats for _, nats in scores) / tokens
-    found["train_loss"] = fmean(history.loss[-max(1, len(history.loss) // 10) :])
-    found |= {"tokens": sum(history.tokens), "trainable": trainable}
-    return found | ({"known": recall(model, tokenizer, known_facts())} if setting.task == "facts" else {})
+        if setting.answers:
+            rest = [item for item, (exact, _) in zip(asked, scores, strict=True) if not exact]
+            more = task.score(rest, task.answers(model, tokenizer, rest, show=False)) if rest else []
+            found["right" + name] = found["correct" + name] + sum(more) / len(asked)
+    return found | ({"known": recall(model, tokenizer, known_facts())} if task is FACTS else {})

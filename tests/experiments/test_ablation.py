@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.texts import TOKENIZER
+from helpers.tiny_llama import save_tiny_llama
 
 from lorakit.experiments import ablation
 from lorakit.experiments.plan import load_plan
@@ -49,6 +49,12 @@ def test_a_run_is_fit_and_its_scores_are_those_of_the_model():
     assert 0 <= found["known"] < 1
 
 
+def test_settings_that_one_loop_cannot_share_are_refused():
+    for more in ({"steps": 41}, {"weight_decay": 0.1}, {"n": 8}, {"task": "sql"}):
+        with pytest.raises(ValueError, match=f"in common, got other {next(iter(more))}"):
+            ablation.runs([SHORT, SHORT | more])
+
+
 def test_the_random_state_is_left_alone():
     before = torch.get_rng_state()
     ablation.run(**SHORT)
@@ -61,6 +67,7 @@ def test_the_random_state_is_left_alone():
     [
         {"rank": 0, "lr": 1e-3},
         {"dropout": 0.2},
+        {"weight_decay": 10.0},
         {"optimizer": "sgd", "lr": 1.0},
         {"optimizer": "sgd-momentum", "lr": 0.1},
         {"optimizer": "adamw-8bit-all"},
@@ -71,7 +78,7 @@ def test_the_random_state_is_left_alone():
     ids=lambda more: next(iter(more.values())),
 )
 def test_every_setting_makes_a_difference_and_learns(more):
-    untaught, usual, other = ablation.runs([SHORT | {"lr": 1e-12}, SHORT, SHORT | more])
+    untaught, usual, other = (ablation.run(**SHORT | each) for each in ({"lr": 1e-12}, {}, more))
     assert usual["train_loss"] != other["train_loss"]
     assert other["loss"] < 0.9 * untaught["loss"]
 
@@ -95,6 +102,7 @@ def test_alpha_may_be_a_multiple_of_the_rank():
     ("more", "error", "word"),
     [
         ({"alpha": "two"}, ValueError, "alpha as a number or a multiple"),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, ValueError, "weight_decay with adamw only"),
         ({"optimizer": "adam"}, ValueError, "adamw-8bit, .*got 'adam'"),
         ({"lora_rank": 4}, TypeError, "lora_rank"),
         ({"task": "sql", "n": 401}, ValueError, "n up to 400"),
@@ -126,9 +134,34 @@ def test_a_folder_of_prompts_and_completions_is_a_task(tmp_path):
 
 
 def test_the_sql_task_has_its_level():
-    train, test = ablation.examples(ablation.Setting(task="sql", level=2, n=20), TOKENIZER)
-    assert (len(train), len(test)) == (20, ablation.TESTED)
-    assert train[0] in TASK.encode(TOKENIZER, TASK.items("train"))
+    task, train, tests = ablation.items(ablation.Setting(task="sql", level=2, n=20))
+    assert train == TASK.items("train")[:20]
+    assert tests == {"": TASK.items("tables", 208)}
+    assert task.splits == TASK.splits
+
+
+def test_the_sql_task_has_its_edition_its_variety_and_several_tests():
+    asked = {"task": "sql", "version": 2, "frames": 2, "tables": 3, "n": 48, "tested": 16}
+    task, train, tests = ablation.items(ablation.Setting(**asked, test=["ways", "stranger"]))
+    assert train == sql_task(version=2, frames=2, tables=3).items("train", 48)
+    assert tests == {"_ways": task.items("ways", 16), "_stranger": task.items("stranger")}
+    _, other, _ = ablation.items(ablation.Setting(**asked, draw=1))
+    assert len(other) == 48
+    assert other != train
+    with pytest.raises(ValueError, match="split"):
+        ablation.items(ablation.Setting(**asked, test="way"))
+
+
+def test_several_tests_are_scored_apart(tmp_path):
+    how = {"task": "sql", "version": 2, "n": 8, "steps": 1, "tested": 4, "batch_size": 8, "rank": 1}
+    how["model"] = str(save_tiny_llama(tmp_path))
+    found, one = ablation.run(**how, test=["iid", "tables"], answers=True), ablation.run(**how)
+    assert found["loss_iid"] != found["loss_tables"] == one["loss"]
+    assert one["correct"] == found["correct_tables"] <= found["right_tables"] <= 1
+    task, taught, _ = ablation.items(ablation.Setting(**how))
+    texts = task.encode(load_model(how["model"])[1], taught)
+    assert one["tokens"] == found["tokens"] == sum(len(text.input_ids) for text in texts)
+    assert "right" not in one
 
 
 def test_a_task_in_words_that_the_base_does_not_know_is_refused(tmp_path):
@@ -165,3 +198,12 @@ def test_one_that_diverges_does_not_take_the_others_with_it(tmp_path):
     assert frame.error[1e-3] == ""
     assert "finite" in frame.error[1e30]
     assert math.isfinite(frame.loss[1e-3])
+
+
+@pytest.mark.long
+def test_answers_are_scored_as_the_task_does(tmp_path):
+    rows = [{"prompt": fact.prompt, "completion": fact.completion} for fact in facts(16, 1)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "test.jsonl", rows[:8])
+    found = ablation.run(**SHORT | {"task": str(tmp_path), "n": 0, "steps": 80, "answers": True})
+    assert found["right"] >= found["correct"] > 0

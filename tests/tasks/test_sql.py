@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorakit import cli
-from lorakit.tasks.sql import level_1, levels_2_to_4
+from lorakit.tasks.sql import edition_2, level_1, levels_2_to_4, tables_2
 from lorakit.tasks.sql.harder_questions import near_misses
 from lorakit.tasks.sql.questions import questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Table, run_query
@@ -264,13 +264,14 @@ def test_levels_have_seeds_and_limits():
 # ---- the files ----
 
 
-def test_rebuilding_gives_the_committed_bytes(tmp_path):
+@pytest.mark.parametrize(("version", "folder"), [(1, DATA), (2, DATA / "edition_2")])
+def test_rebuilding_gives_the_committed_bytes(tmp_path, version, folder):
     """Python's random hash seed differs from the one of the committed build."""
-    assert cli.main(["data", str(tmp_path / "new")]) == 0
-    names = {path.name for path in DATA.iterdir() if path.is_file()}
+    assert cli.main(["data", str(tmp_path / "new"), "--version", str(version)]) == 0
+    names = {path.name for path in folder.iterdir() if path.is_file()}
     assert {path.name for path in (tmp_path / "new").iterdir()} == names
     for name in names:
-        assert (tmp_path / "new" / name).read_bytes() == (DATA / name).read_bytes(), name
+        assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -285,14 +286,15 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "train.jsonl").read_bytes() == (DATA / "train.jsonl").read_bytes()
 
 
-def test_card_tells_true_sizes_and_checksums():
-    card = (DATA / "README.md").read_text()
+@pytest.mark.parametrize(("sizes", "folder"), [(SPLIT_SIZES, DATA), (edition_2.SPLIT_SIZES, DATA / "edition_2")])
+def test_card_tells_true_sizes_and_checksums(sizes, folder):
+    card = (folder / "README.md").read_text()
     table = re.findall(r"^\| `(\S+)` \| (\d+) \| `([0-9a-f]{64})` \|$", card, re.MULTILINE)
-    assert {name for name, _, _ in table} == {path.name for path in DATA.iterdir() if path.is_file()} - {"README.md"}
+    assert {name for name, _, _ in table} == {path.name for path in folder.iterdir() if path.is_file()} - {"README.md"}
     for name, size, digest in table:
-        content = (DATA / name).read_bytes()
+        content = (folder / name).read_bytes()
         assert (int(size), digest) == (len(content), hashlib.sha256(content).hexdigest())
-    for split, size in SPLIT_SIZES.items():
+    for split, size in sizes.items():
         assert re.search(rf"^\| {split} \| {size} \|", card, re.MULTILINE)
 
 
@@ -301,8 +303,14 @@ def test_files_hold_what_the_generator_makes(split):
     assert load_sql(split) == load_sql(split, DATA) == list(items_of(split))
 
 
-def test_databases_file_holds_the_populations():
-    assert load_databases(DATA) == {table: populations(table) for table in level_1.TABLES}
+@pytest.mark.parametrize("split", edition_2.SPLITS)
+def test_files_of_the_second_edition_hold_what_the_generator_makes(split):
+    assert load_sql(split, version=2) == load_sql(split, DATA / "edition_2")
+
+
+@pytest.mark.parametrize(("tables", "folder"), [(level_1.TABLES, DATA), (tables_2.TABLES, DATA / "edition_2")])
+def test_databases_file_holds_the_populations(tables, folder):
+    assert load_databases(folder) == {table: populations(table) for table in tables}
 
 
 @pytest.mark.parametrize(
