@@ -47,7 +47,8 @@ class Setting:
         draw: of the second, the seed of the questions that training shows, and of these frames and tables.
         test: of the SQL task, the split to test on, or several in a list (in a grid, a list in a list).
         tested: questions of each such split; the stranger's are always taken all.
-        answers: also have the model answer what it does not get exactly, and score that as the task does.
+        answers: also have the model answer what it does not get exactly, in up to four tokens more than the longest
+            completion has, and score that as the task does.
         model: name or folder, as for `load_model`.
         rank: of the adapters; 0 for full fine-tuning.
         alpha: a number, or a multiple of the rank such as "2r".
@@ -251,11 +252,11 @@ def _scores(
     for name, asked in tests.items():
         examples = task.encode(tokenizer, asked)
         scores = teacher_forced(model, examples, batch_size=256 if task is FACTS else 32, show=False)
-        tokens = sum(label != IGNORE for example in examples for label in example.labels[1:])
+        lengths = [sum(label != IGNORE for label in example.labels[1:]) for example in examples]
         found["correct" + name] = fmean(exact for exact, _ in scores)
-        found["loss" + name] = sum(nats for _, nats in scores) / tokens
+        found["loss" + name] = sum(nats for _, nats in scores) / sum(lengths)
         if setting.answers:
             rest = [item for item, (exact, _) in zip(asked, scores, strict=True) if not exact]
-            more = task.score(rest, task.answers(model, tokenizer, rest, show=False)) if rest else []
-            found["right" + name] = found["correct" + name] + sum(more) / len(asked)
+            answers = task.answers(model, tokenizer, rest, max_new_tokens=max(lengths) + 4, show=False)
+            found["right" + name] = found["correct" + name] + sum(task.score(rest, answers)) / len(asked)
     return found | ({"known": recall(model, tokenizer, known_facts())} if task is FACTS else {})
