@@ -24,7 +24,8 @@ from lorakit.layers import lowrank
 
 HERE = Path(__file__).resolve().parent
 PARTS = HERE.parents[1] / "runs" / "lowrank"
-HOW = {"model": "smollm2", "targets": "all-linear", "alpha_over_rank": 2, "steps": 44, "batch_size": 8, "lr": 3e-3}
+HOW = {"model": "smollm2", "version": 1, "targets": "all-linear", "alpha_over_rank": 2}  # version: of the SQL task
+HOW |= {"steps": 44, "batch_size": 8, "lr": 3e-3}
 TRAININGS = {f"r{rank}-seed{seed}": {"rank": rank, "seed": seed} | HOW for rank, seed in ((8, 0), (64, 1), (64, 2))}
 PAIRS = [{"left": left, "right": right} | HOW for left, right in combinations(TRAININGS, 2)]
 KEPT = ("model.layers.15.self_attn.q_proj", "model.layers.15.self_attn.v_proj")  # their matrices are stored, float32
@@ -32,8 +33,8 @@ DIRECTIONS = (1, 2, 4, 8)
 TEST_ITEMS = 96
 
 
-def examples(tokenizer, split, n=None):
-    return lorakit.SQL.encode(tokenizer, lorakit.load_sql(split)[:n])
+def examples(tokenizer, split, version, n=None):
+    return lorakit.SQL.encode(tokenizer, lorakit.load_sql(split, version=version)[:n])
 
 
 def part(**setting):
@@ -41,20 +42,21 @@ def part(**setting):
     return record_path(PARTS, setting).with_suffix(".safetensors")
 
 
-def train(rank, seed, model, targets, alpha_over_rank, **recipe):
+def train(rank, seed, model, version, targets, alpha_over_rank, **recipe):
     """Trains one adapter and keeps its A before, A and B after, as `layer/letter`; returns what to record of it."""
-    file = part(rank=rank, seed=seed, model=model, targets=targets, alpha_over_rank=alpha_over_rank, **recipe)
+    how = {"model": model, "version": version, "targets": targets, "alpha_over_rank": alpha_over_rank}
+    file = part(rank=rank, seed=seed, **how, **recipe)
     plain, tokenizer = lorakit.load_model(model)
     torch.manual_seed(seed)
     lorakit.inject(plain, rank, alpha_over_rank * rank, targets=targets)
     adapters = lorakit.adapters(plain)
     matrices = {f"{name}/A0": layer.A.detach().clone() for name, layer in adapters.items()}
-    history = lorakit.fit(plain, examples(tokenizer, "train"), seed=seed, **recipe, show=False)
+    history = lorakit.fit(plain, examples(tokenizer, "train", version), seed=seed, **recipe, show=False)
     for name, layer in adapters.items():
         matrices |= {f"{name}/A": layer.A.detach(), f"{name}/B": layer.B.detach()}
     PARTS.mkdir(parents=True, exist_ok=True)
     write_atomically({file: save(matrices)})
-    right = lorakit.exact_match(plain, examples(tokenizer, "tables", TEST_ITEMS), show=False)
+    right = lorakit.exact_match(plain, examples(tokenizer, "tables", version, TEST_ITEMS), show=False)
     return {
         "first_loss": history.loss[0],
         "last_loss": history.loss[-1],

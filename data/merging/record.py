@@ -25,7 +25,8 @@ from lorakit.training.evaluate import kl_divergence, log_probabilities
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE.parents[1] / "runs" / "merging"
 ITEMS, SEEDS, SKILLS = 96, [0, 1, 2], ["sql", "extract"]
-HOW = {"model": "smollm2", "steps": 32, "batch_size": 8, "rank": 8, "alpha": 32}
+HOW = {"model": "smollm2", "version": 1, "steps": 32, "batch_size": 8}  # version: of the SQL task
+HOW |= {"rank": 8, "alpha": 32}
 ROUTES = ["unmerged", "float32", "bfloat16", "float32, then NF4", "NF4", "NF4, then float32", "NF4, then NF4"]
 RATES = {"skill": SKILLS, "lr": [1e-3, 2e-3, 4e-3], "seed": 0} | HOW
 
@@ -47,12 +48,11 @@ def grids(sql_lr, extract_lr):
     return routes, [each | {"sql_lr": sql_lr, "extract_lr": extract_lr, "seed": SEEDS} | HOW for each in methods]
 
 
-def items(skill, split):
+def items(skill, split, version):
     """train, tune, or test: the last on new tables, and on known fields in new words."""
     if skill == "sql":
-        return lorakit.load_sql({"train": "train", "tune": "phrasings", "test": "tables"}[split])[
-            : 400 if split == "train" else ITEMS
-        ]
+        found = lorakit.load_sql({"train": "train", "tune": "phrasings", "test": "tables"}[split], version=version)
+        return found[: 400 if split == "train" else ITEMS]
     return messages("train", 400) if split == "train" else messages("phrasings", ITEMS, seed=split == "tune")
 
 
@@ -62,12 +62,12 @@ def plain(model):
     return lorakit.load_model(model)
 
 
-def right(model, tokenizer, skill, split="test"):
+def right(model, tokenizer, skill, version, split="test"):
     """How many items are answered rightly: SQL by its rows, records to the letter.
 
     A query that is exact need not be generated; a record that is not exact is not right, but for blanks and tokens.
     """
-    asked = items(skill, split)
+    asked = items(skill, split, version)
     exact = lorakit.exact_match(model, encoded(tokenizer, asked), show=False)
     if skill == "extract":
         return sum(exact)
@@ -86,22 +86,22 @@ def trained(skills, base, seed, how, same_start=False):
             lorakit.quantize_model(model)
         torch.manual_seed(start)
         lorakit.inject(model, how["rank"], how["alpha"])
-        examples = [each for skill in skills for each in encoded(tokenizer, items(skill, "train"))]
+        examples = [each for skill in skills for each in encoded(tokenizer, items(skill, "train", how["version"]))]
         recipe = {name: how[name] for name in ("steps", "batch_size", "lr")}
         lorakit.fit(model, examples, **recipe, seed=seed, show=False)
         lorakit.save_adapter(model, folder)
     return folder
 
 
-def scored(name, changes):
+def scored(how, changes):
     """Right answers in both skills with these changes added to the model."""
-    model, tokenizer = plain(name)
+    model, tokenizer = plain(how["model"])
     if not changes:
-        return {skill: right(model, tokenizer, skill) for skill in SKILLS}
+        return {skill: right(model, tokenizer, skill, how["version"]) for skill in SKILLS}
     attach(model, changes)
     try:
         with lorakit.folded(model):
-            return {skill: right(model, tokenizer, skill) for skill in SKILLS}
+            return {skill: right(model, tokenizer, skill, how["version"]) for skill in SKILLS}
     finally:
         lorakit.remove(model)
 
@@ -112,7 +112,7 @@ def rate(skill, seed, **how):
     lorakit.load_adapter(model, trained([skill], "float32", seed, how))
     try:
         with lorakit.folded(model):
-            return {"right": right(model, tokenizer, skill, "tune"), "items": ITEMS}
+            return {"right": right(model, tokenizer, skill, how["version"], "tune"), "items": ITEMS}
     finally:
         lorakit.remove(model)
 
@@ -120,7 +120,7 @@ def rate(skill, seed, **how):
 def serve(base, route, seed, **how):
     """The SQL adapter, trained on `base`, served by a route: KL to the unmerged model, and right answers."""
     _, tokenizer = plain(how["model"])
-    examples, folder = encoded(tokenizer, items("sql", "test")), trained(["sql"], base, seed, how)
+    examples, folder = encoded(tokenizer, items("sql", "test", how["version"])), trained(["sql"], base, seed, how)
 
     def served(route):
         model = lorakit.load_model(how["model"])[0]
@@ -138,7 +138,7 @@ def serve(base, route, seed, **how):
     model = served(route)
     reference = log_probabilities(served("unmerged"), examples)
     error = kl_divergence(reference, log_probabilities(model, examples))
-    return {"kl": error, "right": right(model, tokenizer, "sql"), "items": ITEMS}
+    return {"kl": error, "right": right(model, tokenizer, "sql", how["version"]), "items": ITEMS}
 
 
 def factors_added(parts, weights):
@@ -167,10 +167,10 @@ def combine(method, weight, density, seed, sql_lr, extract_lr, **how):
     """Right answers in both skills after a combination of the two adapters."""
     rank, weights, rates = how["rank"], [weight, weight], {"sql": sql_lr, "extract": extract_lr}
     if method == "base":
-        return scored(how["model"], {}) | {"items": ITEMS}
+        return scored(how, {}) | {"items": ITEMS}
     if method == "trained together":
         both = trained(SKILLS, "float32", seed, how | {"lr": sql_lr, "steps": 2 * how["steps"]})
-        return scored(how["model"], read_updates(both)) | {"items": ITEMS}
+        return scored(how, read_updates(both)) | {"items": ITEMS}
     same = method == "sum, same start"
     parts = [read_updates(trained([s], "float32", seed, how | {"lr": rates[s]}, same_start=same)) for s in SKILLS]
     made = {
@@ -187,7 +187,7 @@ def combine(method, weight, density, seed, sql_lr, extract_lr, **how):
         "DARE": lambda: dare(parts, weights, density, rank, seed),
         "extract - sql": lambda: linear(parts, [-weight, 1]),
     }
-    return scored(how["model"], made[method]()) | {"items": ITEMS}
+    return scored(how, made[method]()) | {"items": ITEMS}
 
 
 def main():

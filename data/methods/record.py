@@ -40,7 +40,8 @@ with quiet():
 
 HERE = Path(__file__).parent
 RANK, SEEDS = 16, [0, 1, 2]
-HOW = {"model": "smollm2", "steps": 44, "batch_size": 8, "tuning_items": 104, "test_items": 208}
+HOW = {"model": "smollm2", "version": 1, "steps": 44, "batch_size": 8}  # version: of the SQL task
+HOW |= {"tuning_items": 104, "test_items": 208}
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA = {"r": RANK, "lora_alpha": 2 * RANK} | ALL
@@ -133,15 +134,16 @@ def ranks(model):
     return {name: int(layer.lora_E["default"].count_nonzero()) for name, layer in modules if hasattr(layer, "lora_E")}
 
 
-def run(method, lr, seed, model, steps, batch_size, tuning_items, test_items):
+def run(method, lr, seed, model, version, steps, batch_size, tuning_items, test_items):
     """One training and its scores: `tuned_on` of the questions in new words, `right` of those about new tables."""
     adapter, tokenizer = adapted(method, seed, model)
     found = {"trained": sum(p.numel() for p in adapter.parameters() if p.requires_grad)}
-    start, train_items = time.perf_counter(), encoded(tokenizer, lorakit.load_sql("train"))
+    taught, tuning, tests = (lorakit.load_sql(split, version=version) for split in ("train", "phrasings", "tables"))
+    tuning, tests = tuning[:tuning_items], tests[:test_items]
+    start, train_items = time.perf_counter(), encoded(tokenizer, taught)
     losses = train(method, adapter, train_items, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
     found |= {"train_seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
     adapter.eval()
-    tuning, tests = lorakit.load_sql("phrasings")[:tuning_items], lorakit.load_sql("tables")[:test_items]
     found["tuned_on"] = sum(right(method, adapter, tokenizer, tuning, only_exact=True))
     found |= {"items": len(tests), "right": sum(right(method, adapter, tokenizer, tests))}
     return found | ({"ranks": ranks(adapter)} if method == "AdaLoRA" else {})
@@ -179,11 +181,11 @@ def started(method, seed, model):
     return plain, tokenizer
 
 
-def turn(method, lr, seed, model, steps, batch_size):
+def turn(method, lr, seed, model, version, steps, batch_size):
     """One training; of each linear layer the mean change of its rows' lengths and directions."""
     after, tokenizer = started(method, seed, model)
-    examples, recipe = encoded(tokenizer, lorakit.load_sql("train")), {"steps": steps, "batch_size": batch_size}
-    losses = lorakit.fit(after, examples, **recipe, lr=lr, seed=seed, show=False).loss
+    examples = encoded(tokenizer, lorakit.load_sql("train", version=version))
+    losses = lorakit.fit(after, examples, steps=steps, batch_size=batch_size, lr=lr, seed=seed, show=False).loss
     after, before = (after if method == "full" else lorakit.merge(after)), lorakit.load_model(model)[0]
     pairs = {
         name: (before.get_submodule(name).weight, after.get_submodule(name).weight) for name in find_targets(before)
@@ -195,7 +197,7 @@ def turn(method, lr, seed, model, steps, batch_size):
 def directions():
     """How far training turns each weight matrix, and how much it changes its length, at each method's own rate."""
     rates = {"full": 3e-4} | {method: trainings(method) for method in ("LoRA", "DoRA")}  # full: best of data/sft's four
-    how = {name: HOW[name] for name in ("model", "steps", "batch_size")}
+    how = {name: HOW[name] for name in ("model", "version", "steps", "batch_size")}
     grid = [{"method": method, "lr": lr, "seed": SEEDS} | how for method, lr in rates.items()]
     sweep(turn, grid, HERE / "directions", command=COMMAND + " directions")
 

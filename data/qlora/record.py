@@ -44,9 +44,10 @@ RATES = {
     "FP4": [LR],
 }
 LORA = {"model": "smollm2", "rank": 16, "alpha": 32}
+HOW = {"version": 1, "batch_size": 8} | LORA  # version: of the SQL task
 COSTS = {"arm": [arm for arm in RATES if "twice" not in arm]} | LORA
 TRAININGS = [
-    {"arm": arm, "lr": rates, "seed": [0, 1, 2], "steps": 88 if "twice" in arm else 44, "batch_size": 8} | LORA
+    {"arm": arm, "lr": rates, "seed": [0, 1, 2], "steps": 88 if "twice" in arm else 44} | HOW
     for arm, rates in RATES.items()
 ]
 
@@ -98,14 +99,14 @@ def train(model, examples, **recipe):
     return lorakit.fit(model, examples, **recipe, show=False).loss
 
 
-def run(arm, lr, seed, steps, batch_size, **lora):
+def run(arm, lr, seed, version, steps, batch_size, **lora):
     """One training and its scores on questions about new tables: `exact` to the letter, `right` by its rows."""
     model, tokenizer = adapted(arm, seed, **lora)
     start = time.perf_counter()
-    examples = encoded(tokenizer, lorakit.load_sql("train"))
+    examples = encoded(tokenizer, lorakit.load_sql("train", version=version))
     losses = train(model, examples, lr=lr, seed=seed, steps=steps, batch_size=batch_size)
     found = {"train_seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
-    items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
+    items, model = lorakit.load_sql("tables", version=version)[:ITEMS], model.eval()
     found |= {"items": len(items), "exact": sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))}
     if lr == LR:  # generation takes longer than training
         answers = lorakit.SQL.answers(model, tokenizer, items, max_new_tokens=32, show=False)

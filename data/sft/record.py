@@ -36,7 +36,8 @@ RATES = {
     "full": [3e-5, 1e-4, 3e-4, 1e-3],
     "prompt tuning": [1e-1, 3e-1],
 }
-SETTINGS = {"model": "smollm2", "steps": 44, "batch_size": 8, "rank": 16, "alpha": 32, "virtual_tokens": 20}
+SETTINGS = {"model": "smollm2", "version": 1, "steps": 44, "batch_size": 8}  # version: of the SQL task
+SETTINGS |= {"rank": 16, "alpha": 32, "virtual_tokens": 20}
 GRID = [{"arm": arm, "lr": rates, "seed": [0, 1, 2]} | SETTINGS for arm, rates in RATES.items()]
 
 
@@ -65,14 +66,18 @@ def recipe(how):
     return {name: how[name] for name in ("steps", "batch_size", "lr", "seed")}
 
 
+def examples(tokenizer, how):
+    return encoded(tokenizer, lorakit.load_sql("train", version=how["version"]))
+
+
 def fitted(model, tokenizer, how):
-    return lorakit.fit(model, encoded(tokenizer, lorakit.load_sql("train")), **recipe(how), show=False).loss
+    return lorakit.fit(model, examples(tokenizer, how), **recipe(how), show=False).loss
 
 
 def run_trl(how):
     """SFTTrainer over prompt/completion columns, with peft_config; under `fast`, which changes no result."""
     model, tokenizer = lorakit.load_model(how["model"])
-    items = lorakit.load_sql("train")
+    items = lorakit.load_sql("train", version=how["version"])
     columns = {"prompt": [i.prompt for i in items], "completion": [i.completion for i in items]}
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = SFTConfig(
@@ -105,16 +110,16 @@ def run_prompt(how):
     with quiet():
         model = peft.get_peft_model(model, config)
     with accelerated(model, 70 * how["batch_size"]):
-        losses = plain_loop(model, encoded(tokenizer, lorakit.load_sql("train")), **recipe(how))
+        losses = plain_loop(model, examples(tokenizer, how), **recipe(how))
     return model, tokenizer, losses
 
 
-def scores(model, tokenizer, arm, lr):
+def scores(model, tokenizer, arm, lr, version):
     """How many of `ITEMS` questions about new tables are answered as expected to the letter, and find the right rows.
 
     Rows need generation, which takes longer than the training: it is done where arms are compared, not learning rates.
     """
-    items, model = lorakit.load_sql("tables")[:ITEMS], model.eval()
+    items, model = lorakit.load_sql("tables", version=version)[:ITEMS], model.eval()
     found = {"items": len(items)}
     if arm != "prompt tuning":
         found["exact"] = sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))
@@ -132,7 +137,7 @@ def run(**how):
     model, tokenizer, losses = RUNS[how["arm"]](how)
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trained": trained, **scores(model, tokenizer, how["arm"], how["lr"])} | {
+    return {"trained": trained, **scores(model, tokenizer, how["arm"], how["lr"], how["version"])} | {
         "losses": [round(loss, 7) for loss in losses],
         "train_seconds": round(seconds, 1),
     }

@@ -2,7 +2,6 @@
 
 import platform
 import sys
-from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -10,15 +9,12 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy", "lorakit")
 
 
-def circumstances(setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
     """The circumstances of a run in this process, asked when it has ended; plain values.
 
-    Args:
-        setting: of the run. If it names a `task` that has a version, that is recorded, too.
-
     Returns:
-        `device`, as `device` says; `threads` of torch; `versions` of what is loaded; `task_version` and `speed`, the
-        decisions of `lorakit.speed.accelerated`, where there are any.
+        `device`, as `device` says; `threads` of torch; `versions` of what is loaded; `speed`, the decisions of
+        `lorakit.speed.accelerated`, where there are any.
     """
     torch = sys.modules.get("torch")
     found = {
@@ -27,9 +23,6 @@ def circumstances(setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in PACKAGES if name in sys.modules},
     }
-    task_version = getattr(sys.modules.get("lorakit.tasks.task"), "version", None)
-    if task_version and setting and "task" in setting:
-        found["task_version"] = task_version(setting["task"])
     decisions = getattr(sys.modules.get("lorakit.speed.accelerated"), "decisions", None)
     return found | ({"speed": decisions()} if decisions else {})
 

@@ -152,9 +152,7 @@ def _record(
     except BaseException:  # a run that calls sys.exit has failed; the sweep has not
         error = traceback.format_exc()
     seconds = time.perf_counter() - start if seconds is None else seconds
-    write_record(
-        folder, setting, result=result, error=error, seconds=round(seconds, 3), **facts, **circumstances(setting)
-    )
+    write_record(folder, setting, result=result, error=error, seconds=round(seconds, 3), **facts, **circumstances())
 
 
 def _command() -> str:

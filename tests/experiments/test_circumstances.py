@@ -34,12 +34,8 @@ def test_an_architecture_where_the_system_tells_no_name(monkeypatch, tmp_path):
     assert processor.__wrapped__() == "aarch64"
 
 
-def test_a_tasks_version_and_what_was_done_for_speed_are_told_where_there_are_any(monkeypatch):
+def test_what_was_done_for_speed_is_told_where_there_is_any(monkeypatch):
     monkeypatch.setitem(sys.modules, "lorakit.speed.accelerated", SimpleNamespace(decisions=lambda: {"onednn": True}))
-    monkeypatch.setitem(sys.modules, "lorakit.tasks.task", SimpleNamespace(version=lambda task: f"{task} 2"))
     assert circumstances()["speed"] == {"onednn": True}
-    assert "task_version" not in circumstances({"x": 1})
-    assert circumstances({"task": "sql"})["task_version"] == "sql 2"
     monkeypatch.setitem(sys.modules, "lorakit.speed.accelerated", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "lorakit.tasks.task", SimpleNamespace())
-    assert not {"speed", "task_version"} & set(circumstances({"task": "sql"}))
+    assert "speed" not in circumstances()
