@@ -208,10 +208,9 @@ def items(setting: Setting) -> tuple[Task, list[Any], dict[str, list[Any]]]:
         variety = {"frames": setting.frames or None, "tables": setting.tables or None}
         task = sql_task(setting.level, version=setting.version, **variety)
         train = task.items("train", n, setting.draw) if setting.version > 1 else task.items("train")
-        several = not isinstance(setting.test, str)
+        named = {"": setting.test} if isinstance(setting.test, str) else {f"_{split}": split for split in setting.test}
         tests = {
-            f"_{split}" * several: task.items(split, None if split == "stranger" else setting.tested)
-            for split in (setting.test if several else [setting.test])
+            name: task.items(split, None if split == "stranger" else setting.tested) for name, split in named.items()
         }
     if not setting.n <= len(train):
         raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
