@@ -13,7 +13,8 @@ from uuid import uuid4
 if sys.platform != "win32":
     import fcntl
 
-DRAFT = re.compile(r"\..+\.[0-9a-f]{32}\.lorakit\.tmp")
+DRAFTS = ".lorakit.tmp"  # how their names end
+DRAFT = re.compile(rf"\..+\.[0-9a-f]{{32}}{re.escape(DRAFTS)}")
 
 
 def write_atomically(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:
@@ -52,7 +53,7 @@ def draft_beside(place: Path) -> Iterator[Path]:
     """
     _remove_dead(place.parent)
     while True:
-        folder = place.with_name(f".{place.name[:100]}.{uuid4().hex}.lorakit.tmp")
+        folder = place.with_name(f".{place.name[:100]}.{uuid4().hex}{DRAFTS}")
         folder.mkdir()
         lock = _lock(folder, wait=True)
         if folder.exists():  # else somebody took it for a dead one, between these lines
@@ -92,8 +93,8 @@ def named_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise
+        if error.errno is None or not (error.filename is None or str(error.filename).count(DRAFTS)):
+            raise  # it says all, or is about another file
         raise OSError(error.errno, os.strerror(error.errno), str(place)) from error
     except Exception as error:  # of a library in Rust, which has its own class for it and keeps the number as text
         if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
