@@ -84,6 +84,7 @@ def _make(base: str | os.PathLike, adapter: str | os.PathLike, folder: Path, dty
     plain = log_probabilities(model, probe)
     load_adapter(model, adapter)
     unmerged = log_probabilities(model, probe)
+    folder.mkdir()
     _save(merge(model).to(chosen), tokenizer, folder)
     del model
     merged = log_probabilities(load_model(folder, chosen)[0], probe)
