@@ -96,8 +96,23 @@ def rehearse(
         settings: for the model, such as `attn_implementation`.
 
     Raises:
-        ValueError: what the model does depends on values.
+        ValueError: what the model does depends on values, or its code does not run on layers without them.
     """
+    try:
+        return _rehearse(config, dtype, shape, prepare, checkpointing, settings)
+    except (RuntimeError, AttributeError, TypeError, LookupError) as error:  # out of code that a fake model confuses
+        kind, what = config.model_type, " ".join(str(error).split())
+        raise ValueError(f"expected shapes that follow from the config, got {kind!r} in {dtype}: {what}") from error
+
+
+def _rehearse(
+    config: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    prepare: Callable[[nn.Module], object],
+    checkpointing: bool,
+    settings: dict[str, Any],
+) -> Rehearsal:
     with _fake():
         model = need("transformers").AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).train()
         model.config.use_cache = False
@@ -114,17 +129,11 @@ def rehearse(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         resident, ids = ledger.now.total(), torch.zeros(shape, dtype=torch.long)
-        try:
-            with ledger:
-                loss = model(input_ids=ids, labels=ids).loss
-                ledger.move_all("temporaries", "activations")
-                kept_bytes, forward_flops = ledger.now.total() - resident, ledger.flops
-                loss.backward()
-        except RuntimeError as error:
-            kind = config.model_type
-            raise ValueError(
-                f"expected shapes that follow from the config, got {kind!r} in {dtype}: {error}"
-            ) from error
+        with ledger:
+            loss = model(input_ids=ids, labels=ids).loss
+            ledger.move_all("temporaries", "activations")
+            kept_bytes, forward_flops = ledger.now.total() - resident, ledger.flops
+            loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         return Rehearsal(parameters, trained, ledger, kept_bytes, forward_flops)
 

@@ -16,7 +16,8 @@ from lorakit._atomic import write_atomically
 from lorakit._suggest import near_names
 from lorakit.course.outputs import ANSI, clean, find_litter, headline
 from lorakit.course.runner import Executor, Screen
-from lorakit.experiments.plan import read_yaml
+from lorakit.experiments.plan import read_yaml as read_yaml
+from lorakit.experiments.plan import read_yaml_file
 
 
 @dataclass
@@ -48,7 +49,7 @@ def select_lessons(names: list[str], folder: Path) -> list[Path]:
     if not lessons:
         raise FileNotFoundError(f"expected lessons in {folder}, such as 00_name.ipynb, but there are none")
     numbers = {stem[:2]: stem for stem in lessons}
-    stems = [numbers.get(name.zfill(2), name.removesuffix(".ipynb")) for name in names] or list(lessons)
+    stems = [numbers.get(name.zfill(2), name.removesuffix(".ipynb")) if name else "" for name in names] or list(lessons)
     return [lessons[_known(stem, lessons, "a lesson")] for stem in stems]
 
 
@@ -61,15 +62,23 @@ def default_parameters(nb: NotebookNode) -> dict[str, Any]:
 def lesson_parameters(path: Path, profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Returns what is set in a lesson: the profile's `all` where it applies, then its own entry, then the overrides."""
     profiles = {file.stem: file for file in sorted((path.parent / "profiles").glob("*.yaml"))}
-    settings = read_yaml(profiles[_known(profile, profiles, "a profile")].read_text(encoding="utf-8")) or {}
+    settings = _read_profile(profiles[_known(profile, profiles, "a profile")])
     defaults = default_parameters(nbformat.read(path, as_version=4))
-    values = {name: value for name, value in (settings.get("all") or {}).items() if name in defaults}
-    values |= (settings.get(path.stem) or {}) | overrides
+    values = {name: value for name, value in settings.get("all", {}).items() if name in defaults}
+    values |= settings.get(path.stem, {}) | overrides
     for name, value in values.items():
         default = defaults[_known(name, defaults, f"a parameter of {path.stem}")]
         if default is not None and type(value) is not type(default) and (type(default), type(value)) != (float, int):
             raise ValueError(f"expected {type(default).__name__} for {name} of {path.stem}, got {value!r}")
     return values
+
+
+def _read_profile(file: Path) -> dict[str, dict[str, Any]]:
+    settings = read_yaml_file(file) or {}
+    found = {stem: values or {} for stem, values in settings.items()} if isinstance(settings, dict) else None
+    if found is None or not all(isinstance(values, dict) for values in found.values()):
+        raise ValueError(f"expected lessons and their parameters in {file.name}, got {settings!r}")
+    return found
 
 
 def _known(name: str, known: dict[str, Any], what: str) -> str:
@@ -84,6 +93,7 @@ def _known(name: str, known: dict[str, Any], what: str) -> str:
 def run_lessons(names: list[str], profile: str, overrides: dict[str, Any], out: Path) -> list[Result]:
     """Runs lessons into `out/profile/` and prints a table; what is misspelt is found before the first one starts."""
     jobs = [(path, lesson_parameters(path, profile, overrides)) for path in select_lessons(names, find_notebooks())]
+    (out / profile).mkdir(parents=True, exist_ok=True)  # found now if it cannot be, not after a lesson
     results = [run_lesson(path, parameters, out / profile / path.name) for path, parameters in jobs]
     width = max(len(text) for text in ["lesson", *(result.stem for result in results)])
     print(f"\n{'lesson':<{width}}  result  wall s   CPU s  headline")

@@ -28,8 +28,24 @@ _Yaml.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Returns the value that a YAML text stands for."""
-    return yaml.load(text, _Yaml)
+    """Returns the value that a YAML text stands for.
+
+    Raises:
+        ValueError: it is none, in one line; or a value in it is none, such as the 31st of February.
+    """
+    try:
+        return yaml.load(text, _Yaml)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ValueError(f"expected YAML, got: {' '.join(str(error).split())}") from None
+
+
+def read_yaml_file(path: Path) -> Any:
+    """Returns the value that a YAML file stands for; an error names the file."""
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        what = str(error).removeprefix("expected YAML, got: ")
+        raise ValueError(f"expected YAML in {path.name}, got: {what}") from None
 
 
 @dataclass(frozen=True)
@@ -84,10 +100,7 @@ def load_plan(path: str | PathLike) -> Plan:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a plan, got no such file: {path}")
-    try:
-        plan = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"expected YAML in {path.name}, got: {' '.join(str(error).split())}") from None
+    plan = read_yaml_file(path)
     if not isinstance(plan, dict):
         raise ValueError(f"expected a mapping with function and grid in {path.name}, got {plan!r}")
     if missing := {"function", "grid"} - set(plan):

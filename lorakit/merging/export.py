@@ -1,15 +1,14 @@
 """A base and an adapter become one plain model in a folder, checked before it gets its name."""
 
 import os
-import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
+from lorakit._atomic import draft_beside, named_errors
 from lorakit._optional import quiet
 from lorakit.models.load import load_model
 from lorakit.models.merge import merge
@@ -62,32 +61,39 @@ def export_merged(
         raise FileExistsError(f"expected a new folder, got {str(out)!r}, which exists")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"expected dtype auto, {', '.join(DTYPES)}, got {dtype!r}")
+    made = [parent for parent in out.parents if not parent.exists()]  # from the inside out
+    try:
+        with named_errors(out):  # what cannot be written is found before the work
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with draft_beside(out) as draft:
+                found = _make(base, adapter, draft / out.name, dtype)
+                os.rename(draft / out.name, out)
+    finally:
+        if not out.exists():
+            for parent in made:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
+    return replace(found, folder=out)
+
+
+def _make(base: str | os.PathLike, adapter: str | os.PathLike, folder: Path, dtype: str) -> Exported:
+    """Writes the merged model into a new folder, and compares it."""
     model, tokenizer = load_model(base)
     chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
     probe = _probe(model)
     plain = log_probabilities(model, probe)
     load_adapter(model, adapter)
     unmerged = log_probabilities(model, probe)
-    made = [parent for parent in out.parents if not parent.exists()]  # from the inside out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _save(merge(model).to(chosen), tokenizer, draft)
-        del model
-        merged = log_probabilities(load_model(draft, chosen)[0], probe)
-        found = Exported(out, chosen, kl_divergence(unmerged, plain), kl_divergence(unmerged, merged))
-        if not found.error <= max(NEAR, SHARE * found.effect):
-            raise ValueError(f"expected the unmerged model's answers, got others: {found}; nothing was saved")
-        for file in draft.iterdir():
-            file.chmod(0o644)  # safetensors are written for their owner alone
-        draft.chmod(0o755)
-        os.rename(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if not out.exists():
-            for parent in made:
-                with suppress(OSError):  # somebody else has put something there
-                    parent.rmdir()
+    folder.mkdir()
+    _save(merge(model).to(chosen), tokenizer, folder)
+    del model
+    merged = log_probabilities(load_model(folder, chosen)[0], probe)
+    found = Exported(folder, chosen, kl_divergence(unmerged, plain), kl_divergence(unmerged, merged))
+    if not found.error <= max(NEAR, SHARE * found.effect):
+        raise ValueError(f"expected the unmerged model's answers, got others: {found}; nothing was saved")
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors are written for their owner alone
+    folder.chmod(0o755)
     return found
 
 

@@ -34,7 +34,8 @@ def write_gguf(folder: str | os.PathLike, path: str | os.PathLike, kind: str = "
     Raises:
         FileExistsError: there is something at `path`; it stays as it is.
         FileNotFoundError: the folder has no safetensors.
-        ValueError: another kind, another architecture, or a tokenizer that is no byte-level BPE known by name.
+        ValueError: another kind, another architecture, or a tokenizer that is no byte-level BPE known by
+            name, or one that changes texts first.
     """
     folder = Path(folder)
     if kind not in KINDS:
@@ -162,6 +163,10 @@ def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     steps = tuple(step["type"] for step in before.get("pretokenizers", [before]))
     if spec["model"]["type"] != "BPE" or steps not in SPLITTERS:
         raise ValueError(f"expected a byte-level BPE tokenizer, got {spec['model']['type']} after {', '.join(steps)}")
+    if spec["normalizer"]:
+        raise ValueError(f"expected a tokenizer without a normalizer, got {spec['normalizer']['type']}")
+    if any(step.get("add_prefix_space") for step in before.get("pretokenizers", [before])):
+        raise ValueError("expected a tokenizer that puts no space before a text, got add_prefix_space")
     special = {token["id"]: token["special"] for token in spec["added_tokens"]}
     kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED, None: gguf.TokenType.NORMAL}
     tokens = tokenizer.convert_ids_to_tokens(list(range(size)))

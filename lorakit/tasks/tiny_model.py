@@ -7,7 +7,6 @@ knows the form of every question, facts that fine-tuning may damage (`facts.know
 import os
 import platform
 import random
-import shutil
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit._atomic import draft_beside, named_errors, settle, switch_folder
 from lorakit._optional import need, quiet
 from lorakit.models.download import cache_dir
 from lorakit.models.manifest import seal
@@ -178,15 +178,19 @@ def write(folder: str | os.PathLike | None = None, steps: int = STEPS) -> Path:
 
     Raises:
         ValueError: the folder holds something else.
+        OSError: it cannot be written, which is tried before the training.
     """
     folder = cache_dir() / "tiny" if folder is None else Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise ValueError(f"expected an empty folder, a new one or one with a model to replace, got {folder}")
-    wall, cpu = time.perf_counter(), time.process_time()
-    model, tokenizer, history = pretrain(steps)
-    cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
+    folder = folder.resolve()  # what a link points to is replaced, not the link
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    settle(folder)
+    with named_errors(folder), draft_beside(folder) as draft:  # what cannot be written is found before the training
+        wall, cpu = time.perf_counter(), time.process_time()
+        model, tokenizer, history = pretrain(steps)
+        cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        part = draft / folder.name
         with quiet():
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
@@ -195,11 +199,7 @@ def write(folder: str | os.PathLike | None = None, steps: int = STEPS) -> Path:
         files = seal(part, {"recipe": recipe})
         card = _card(model, history, recipe | cost | measure(model, tokenizer), files)
         (part / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        switch_folder(part, folder)
     return folder
 
 

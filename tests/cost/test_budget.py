@@ -323,6 +323,22 @@ def test_experts_are_counted():
         budget(config, "full", tokens=TOKENS)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "gemma3"])
+def test_code_that_a_model_without_values_confuses_is_refused(kind):
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1}
+    heads = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "mamba": lambda: transformers.MambaConfig(**small, state_size=4),
+        "gemma3": lambda: transformers.Gemma3Config(
+            text_config=small | heads, vision_config=sight | {"image_size": 28, "patch_size": 14}
+        ),
+    }[kind]()
+    with pytest.raises(ValueError, match=f"expected shapes that follow from the config, got '{kind}'") as caught:
+        budget(config, "qlora" if kind == "mamba" else "lora", tokens=16, batch_size=1)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_config_is_found_wherever_it_is(tmp_path):
     config = CONFIGS["llama"]()
     config.use_cache = True

@@ -1,5 +1,7 @@
 """GGUF files: transformers reads them back as the model that was written; what they cannot hold is refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -135,3 +137,19 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="byte-level BPE"):
         write_gguf(tmp_path / "tiny", tmp_path / "tiny.gguf")
     assert not (tmp_path / "tiny.gguf").exists()
+
+
+@pytest.mark.parametrize("change", ["lowercase", "space in front"])
+def test_a_tokenizer_that_changes_texts_first_is_refused(folder, tmp_path, change):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    file = copy / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    if change == "lowercase":
+        spec["normalizer"] = {"type": "Lowercase"}
+    else:
+        spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a tokenizer"):
+        write_gguf(copy, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()

@@ -208,6 +208,13 @@ def test_the_base_models_name_may_be_edited(saved):
     load_adapter(build("llama"), folder)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"r": ' + "9" * 5000 + "}", "\xff"])
+def test_settings_that_no_parser_takes_are_refused(saved, text):
+    folder, _ = saved
+    (folder / CONFIG).write_text(text, encoding="latin-1")
+    assert "expected JSON" in refused(folder, AdapterError)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
 def test_truncated_files_are_refused(saved, share, name):
@@ -265,6 +272,83 @@ def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, folder)
+    again = build("llama")
+    load_adapter(again, folder)
+    assert torch.equal(logits_of(again, "llama"), expected)
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+
+KILLED = """
+import os, sys, torch
+from lorakit import inject, load_adapter, save_adapter
+from lorakit.merging.updates import read_updates
+folder = sys.argv[1]
+def model(rank):
+    with torch.random.fork_rng():
+        torch.manual_seed(rank)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 6))
+        inject(net, rank, 4)
+        torch.nn.init.normal_(net[0].B)
+        return net
+old, new = model(2), model(3)
+states = [(net[0].rank, net[0].B.sum().item()) for net in (old, new)]
+class Killer:
+    def __init__(self, at): self.left = at
+    def __call__(self, event, args):
+        if event.startswith(("os.", "open", "shutil.")) and folder in str(args):
+            self.left -= 1
+            if not self.left: os.kill(os.getpid(), 9)
+at, seen = 0, set()
+while True:
+    at += 1
+    save_adapter(old, folder)
+    if (pid := os.fork()) == 0:
+        sys.addaudithook(Killer(at))
+        save_adapter(new, folder)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    net = load_adapter(torch.nn.Sequential(torch.nn.Linear(6, 6)), folder)
+    found = (net[0].rank, net[0].B.sum().item())
+    assert found in states, (at, found)
+    assert read_updates(folder)["0"].rank == found[0]
+    seen.add(found)
+    if status == 0:
+        break
+save_adapter(old, folder)
+assert seen == set(states) and at > 5, (seen, at)
+print(sorted(os.listdir(folder)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_kill_before_any_call_leaves_the_old_adapter_or_the_new(tmp_path):
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
+    assert (run.stdout.strip(), run.returncode) == (str([CONFIG, WEIGHTS]), 0), run.stderr
+
+
+def test_an_adapter_that_was_saved_over_another_one_is_guarded_as_well(saved):
+    folder, _ = saved
+    model = build("llama")
+    inject(model, 3, 6)
+    save_adapter(model, folder)
+    edit_config(folder, lora_alpha=9)
+    assert "checksum" in refused(folder, AdapterError)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on files' sizes, as a full disk")
+def test_a_full_disk_is_an_oserror_with_place_and_reason(saved):
+    folder, model = saved
+    expected = logits_of(model, "llama")
+    randomise(model, seed=9)
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large.*{WEIGHTS}") as caught:
+            save_adapter(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(folder / WEIGHTS)
     again = build("llama")
     load_adapter(again, folder)
     assert torch.equal(logits_of(again, "llama"), expected)

@@ -102,6 +102,11 @@ def test_run_sets_parameters_shows_progress_and_keeps_copies(notebooks, capsys):
         (["run", "0", "-p", "steps", "1O"], "expected int for steps of 00_first, got '1O'"),
         (["run", "0", "-p", "name", "2"], "expected str for name of 00_first, got 2"),
         (["run", "0", "1", "-p", "steps", "1"], "expected a parameter of 01_second, got 'steps'"),
+        (["run", ""], "expected a lesson, got ''"),
+        (["run", "0", "-p", "seed", "[1"], "expected YAML, got: while parsing a flow sequence"),
+        (["run", "0", "-p", "seed", "2020-02-31"], "expected YAML, got: day is out of range"),
+        (["run", "0", "-p", "seed", "[" * 5000], "expected YAML, got: "),
+        (["run", "0", "--out", "notebooks/00_first.ipynb"], "Not a directory: 'notebooks/00_first.ipynb/laptop'"),
         (["run", "--profile", "labtop"], "expected a profile, got 'labtop'; near: laptop"),
         (["run", "--in-place", "--profile", "smoke"], "expected --in-place without"),
     ],
@@ -110,7 +115,18 @@ def test_what_is_misspelt_is_said_before_anything_runs(notebooks, capsys, argume
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("profile", ["[1", "5", "[all]", "{all: 5}", "{00_first: [1]}"])
+def test_a_profile_that_is_none_is_said_in_one_line(notebooks, capsys, profile):
+    (notebooks / "profiles" / "smoke.yaml").write_text(profile)
+    assert cli.main(["run", "0", "--profile", "smoke"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lorakit: expected ")
+    assert "smoke.yaml" in err
+    assert err.count("\n") == 1
 
 
 def test_lessons_are_named_by_number_stem_or_file(notebooks):

@@ -1,12 +1,15 @@
 """The ground floor: whole files or none, near names, optional imports; and the one face of the package."""
 
+import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import lorakit
-from lorakit._atomic import write_atomically
+from lorakit import _atomic
+from lorakit._atomic import draft_beside, settle, switch_folder, write_atomically
 from lorakit._suggest import near_names
 
 
@@ -46,6 +49,74 @@ def test_a_failure_leaves_every_file_as_it_was(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically({first: lambda place: place.write_text("new"), second: fail})
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"first": "old"}
+
+
+def test_a_folder_gets_its_name_in_one_step(tmp_path, monkeypatch):
+    place = tmp_path / "model"
+    monkeypatch.setattr(_atomic.os, "rename", lambda *_: pytest.fail("a moment without a folder"))
+    for text in ("old", "new"):
+        with draft_beside(place) as draft:
+            (draft / "made").mkdir()
+            (draft / "made" / "file").write_text(text)
+            if sys.platform in ("linux", "darwin"):
+                switch_folder(draft / "made", place)
+                assert (place / "file").read_text() == text
+    assert [each.name for each in tmp_path.iterdir()] in (["model"], [])
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, None])
+def test_where_folders_cannot_be_exchanged_the_next_call_settles_it(tmp_path, monkeypatch, killed_at):
+    place, new, calls, real = tmp_path / "model", tmp_path / "new", [], os.rename
+    for folder in (place, new):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+
+    def rename(first, second):
+        calls.append(first)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        real(first, second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_atomic, "_exchange", lambda *_: False)
+        patch.setattr(_atomic.os, "rename", rename)
+        try:
+            switch_folder(new, place)
+        except KeyboardInterrupt:
+            assert killed_at
+    settle(place)
+    assert (place / "file").read_text() == ("model" if killed_at else "new")
+    assert {each.name for each in tmp_path.iterdir()} <= {"model", "new"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
+def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    dead = tmp_path / f".file.{'0' * 32}.lorakit.tmp"
+    dead.mkdir()
+    (dead / "file").write_text("half")
+    with draft_beside(tmp_path / "other") as alive:
+        write_atomically({tmp_path / "file": b"whole"})
+        assert alive.is_dir()
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_the_system_refuses_names_the_place(tmp_path):
+    path = tmp_path / "file"
+
+    def of_a_rust_library(_):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def of_python(_):
+        raise OSError(28, "No space left on device")
+
+    for content in (of_a_rust_library, of_python):
+        with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: .*file'") as caught:
+            write_atomically({path: content})
+        assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically({tmp_path / "nowhere" / "file": b""})
+    assert caught.value.filename == str(tmp_path / "nowhere" / "file")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

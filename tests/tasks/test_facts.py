@@ -183,6 +183,15 @@ def test_a_folder_with_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_model, "pretrain", lambda steps: pytest.fail("training began"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "tiny", tmp_path / "file"):
+        with pytest.raises(OSError, match="file"):
+            tiny_model.write(place)
+    assert cli.main(["pretrain", str(tmp_path / "file" / "tiny")]) == 2
+
+
 real_pretrain = tiny_model.pretrain
 
 
