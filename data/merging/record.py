@@ -18,7 +18,6 @@ from lorakit.experiments.sweep import sweep
 from lorakit.merging.arithmetic import compress, dare, linear, ties
 from lorakit.merging.updates import Update, attach, read_updates
 from lorakit.tasks.extraction import messages
-from lorakit.tasks.sql.task import execution_accuracy
 from lorakit.tasks.task import encoded
 from lorakit.training.evaluate import kl_divergence, log_probabilities
 
@@ -68,12 +67,9 @@ def right(model, tokenizer, skill, version, split="test"):
     A query that is exact need not be generated; a record that is not exact is not right, but for blanks and tokens.
     """
     asked = items(skill, split, version)
-    exact = lorakit.exact_match(model, encoded(tokenizer, asked), show=False)
     if skill == "extract":
-        return sum(exact)
-    rest = [item for item, done in zip(asked, exact, strict=True) if not done]
-    answers = lorakit.SQL.answers(model, tokenizer, rest, max_new_tokens=24, show=False)
-    return sum(exact) + sum(execution_accuracy(rest, answers))
+        return sum(lorakit.exact_match(model, encoded(tokenizer, asked), show=False))
+    return sum(lorakit.SQL.right(model, tokenizer, asked, max_new_tokens=24, show=False))
 
 
 def trained(skills, base, seed, how, same_start=False):

@@ -31,7 +31,6 @@ from lorakit.models.targets import find_targets
 from lorakit.speed.accelerated import accelerated
 from lorakit.tasks.facts import facts as new_facts
 from lorakit.tasks.facts import recall
-from lorakit.tasks.sql.task import execution_accuracy
 from lorakit.tasks.task import encoded
 from lorakit.training.reference_loop import plain_loop
 
@@ -122,10 +121,7 @@ def right(name, model, tokenizer, items, only_exact=False):
         exact = lorakit.exact_match(model, encoded(tokenizer, items), show=False)
         if only_exact:
             return exact
-    rest = [item for item, done in zip(items, exact, strict=True) if not done]
-    answers = lorakit.SQL.answers(model, tokenizer, rest, max_new_tokens=32, show=False)
-    found = iter(execution_accuracy(rest, answers))
-    return [done or next(found) for done in exact]
+    return lorakit.SQL.right(model, tokenizer, items, exact, max_new_tokens=32, show=False)
 
 
 def ranks(model):

@@ -255,7 +255,7 @@ def _scores(
         found["correct" + name] = fmean(exact for exact, _ in scores)
         found["loss" + name] = sum(nats for _, nats in scores) / sum(lengths)
         if setting.answers:
-            rest = [item for item, (exact, _) in zip(asked, scores, strict=True) if not exact]
-            answers = task.answers(model, tokenizer, rest, max_new_tokens=max(lengths) + 4, show=False)
-            found["right" + name] = found["correct" + name] + sum(task.score(rest, answers)) / len(asked)
+            exact, most = [each for each, _ in scores], max(lengths) + 4
+            right = task.right(model, tokenizer, asked, exact, max_new_tokens=most, show=False)
+            found["right" + name] = fmean(right)
     return found | ({"known": recall(model, tokenizer, known_facts())} if task is FACTS else {})

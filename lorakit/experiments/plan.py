@@ -27,8 +27,8 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str) -> Any:
-    """Returns the value that a YAML text stands for.
+def read_yaml(text: str | bytes, place: str = "") -> Any:
+    """Returns the value that a YAML text stands for; `place` tells in an error where it stood.
 
     Raises:
         ValueError: it is none, in one line; or a value in it is none, such as the 31st of February.
@@ -36,16 +36,12 @@ def read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise ValueError(f"expected YAML, got: {' '.join(str(error).split())}") from None
+        raise ValueError(f"expected YAML{place}, got: {' '.join(str(error).split())}") from None
 
 
 def read_yaml_file(path: Path) -> Any:
     """Returns the value that a YAML file stands for; an error names the file."""
-    try:
-        return read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        what = str(error).removeprefix("expected YAML, got: ")
-        raise ValueError(f"expected YAML in {path.name}, got: {what}") from None
+    return read_yaml(path.read_bytes(), f" in {path.name}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lorakit._suggest import near_names
 from lorakit.training.batch import Example, encode
+from lorakit.training.evaluate import exact_match
 from lorakit.training.generate import greedy
 
 
@@ -139,6 +140,23 @@ class Task:
         """What the model says to each item, for `score`; settings as for `greedy`."""
         stop = self.chat.end if self.chat else self.end
         return greedy(model, tokenizer, [self.prompt(item) for item in items], **{"stop": stop} | settings)
+
+    def right(
+        self, model: Any, tokenizer: Any, items: Sequence[Any], exact: Sequence[bool] | None = None, **settings: Any
+    ) -> list[bool]:
+        """For each item whether the model answers it rightly; only what it does not give exactly is generated.
+
+        Args:
+            model, tokenizer: who is asked.
+            items: what is asked.
+            exact: what `exact_match` says of them; None asks it.
+            settings: as for `greedy`.
+        """
+        if exact is None:
+            exact = exact_match(model, self.encode(tokenizer, items), show=False)
+        rest = [item for item, done in zip(items, exact, strict=True) if not done]
+        found = iter(self.score(rest, self.answers(model, tokenizer, rest, **settings)))
+        return [done or next(found) for done in exact]
 
 
 @dataclass(frozen=True)

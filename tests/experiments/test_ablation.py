@@ -164,6 +164,13 @@ def test_several_tests_are_scored_apart(tmp_path):
     assert "right" not in one
 
 
+@pytest.mark.long
+def test_answers_are_scored_as_the_task_does(monkeypatch):
+    monkeypatch.setattr(ablation.Task, "right", lambda self, model, tokenizer, items, exact, **_: [True] * len(items))
+    found = ablation.run(**SHORT | {"answers": True, "steps": 5})
+    assert found["correct"] < 1 == found["right"]
+
+
 def test_a_task_in_words_that_the_base_does_not_know_is_refused(tmp_path):
     """Each would be three padding tokens, and "correct 1.0" for every rank."""
     write_lines(tmp_path / "train.jsonl", [{"prompt": "what colour ?", "completion": " deep blue"}] * 8)
@@ -198,12 +205,3 @@ def test_one_that_diverges_does_not_take_the_others_with_it(tmp_path):
     assert frame.error[1e-3] == ""
     assert "finite" in frame.error[1e30]
     assert math.isfinite(frame.loss[1e-3])
-
-
-@pytest.mark.long
-def test_answers_are_scored_as_the_task_does(tmp_path):
-    rows = [{"prompt": fact.prompt, "completion": fact.completion} for fact in facts(16, 1)]
-    write_lines(tmp_path / "train.jsonl", rows)
-    write_lines(tmp_path / "test.jsonl", rows[:8])
-    found = ablation.run(**SHORT | {"task": str(tmp_path), "n": 0, "steps": 80, "answers": True})
-    assert found["right"] >= found["correct"] > 0

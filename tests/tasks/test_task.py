@@ -11,7 +11,7 @@ from lorakit.tasks import tiny_model
 from lorakit.tasks.extraction import EXTRACTION, messages
 from lorakit.tasks.facts import BOS, EOS, FACTS, facts, known_facts
 from lorakit.tasks.sql.task import generate, sql_task
-from lorakit.tasks.task import CHATML, ChatFormat, encoded, own_task
+from lorakit.tasks.task import CHATML, ChatFormat, Task, encoded, own_task
 from lorakit.training.batch import IGNORE
 
 TEMPLATES = {  # as models have them, without their branches: how each writes a question and an answer
@@ -134,6 +134,27 @@ def test_answers_end_at_the_formats_end(monkeypatch):
 
 def write_lines(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
+
+
+def test_what_is_exact_is_right_and_not_generated(monkeypatch):
+    """The tiny base knows most of its facts; all answers scored one by one say the same."""
+    model, tokenizer = lorakit.load_model("tiny")
+    items = [*known_facts()[:24], *facts(8, 1)]
+    whole = FACTS.score(items, FACTS.answers(model, tokenizer, items, show=False))
+    assert 0 < sum(whole) < len(items)
+    asked = []
+
+    def counted(self, model, tokenizer, items, **settings):
+        asked.extend(items)
+        return real(self, model, tokenizer, items, **settings)
+
+    real = Task.answers
+    monkeypatch.setattr(Task, "answers", counted)
+    assert FACTS.right(model, tokenizer, items, show=False) == whole
+    assert len(asked) == len(items) - sum(whole)
+    asked.clear()
+    assert FACTS.right(model, tokenizer, items[:3], [True, False, True], show=False) == [True, whole[1], True]
+    assert asked == [items[1]]
 
 
 def test_a_folder_is_a_task(tmp_path):
