@@ -44,7 +44,8 @@ class Setting:
         level: of the SQL task, 1 to 4.
         version: of the SQL task: its first edition or its second.
         frames, tables: of the second, how many ways of asking a shape and how many tables training shows; 0 for all.
-        draw: of the second, the seed of the questions that training shows, and of these frames and tables.
+        draw: of the second, the seed of the questions that training shows, and of these frames and tables; None for
+            the run's own.
         test: of the SQL task, the split to test on, or several in a list (in a grid, a list in a list).
         tested: questions of each such split; the stranger's are always taken all.
         answers: also have the model answer what it does not get exactly, in up to four tokens more than the longest
@@ -65,7 +66,7 @@ class Setting:
     version: int = 1
     frames: int = 0
     tables: int = 0
-    draw: int = 0
+    draw: int | None = None
     test: str | Sequence[str] = "tables"
     tested: int = 208
     answers: bool = False
@@ -207,7 +208,8 @@ def items(setting: Setting) -> tuple[Task, list[Any], dict[str, list[Any]]]:
     else:
         variety = {"frames": setting.frames or None, "tables": setting.tables or None}
         task = sql_task(setting.level, version=setting.version, **variety)
-        train = task.items("train", n, setting.draw) if setting.version > 1 else task.items("train")
+        drawn = setting.seed if setting.draw is None else setting.draw
+        train = task.items("train", n, drawn) if setting.version > 1 else task.items("train")
         named = {"": setting.test} if isinstance(setting.test, str) else {f"_{split}": split for split in setting.test}
         tests = {
             name: task.items(split, None if split == "stranger" else setting.tested) for name, split in named.items()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from scipy.stats import binomtest, bootstrap, dunnett, t, ttest_ind
+from scipy.stats import binomtest, bootstrap, chi2, dunnett, t, ttest_ind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +40,22 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean = fmean(values)
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def deviation_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The standard deviation of independent runs and its interval, as (deviation, low, high).
+
+    `(n - 1) s² / sigma²` is chi-squared with n - 1 degrees of freedom for values of a normal distribution (Helmert
+    1876). With five values the interval reaches from 0.6 to 2.9 times what they show.
+
+    Raises:
+        ValueError: as in `mean_interval`.
+    """
+    mean_interval(values, confidence)
+    sides, n = ((1 + confidence) / 2, (1 - confidence) / 2), len(values) - 1
+    low, high = (math.sqrt(n / float(chi2.ppf(side, n))) for side in sides)
+    found = stdev(values)
+    return found, low * found, high * found
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # names of mallopt's settings, f
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 128 << 10, TOP_PAD: 0}  # glibc's own
 TRAINING = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
 MIN_PRODUCT = 256**3  # multiplications in the largest product of a step; with fewer oneDNN is no faster
-MIN_TOKENS = 256  # with fewer rows oneDNN asks for new memory in every thin product, and is slower
+MIN_TOKENS = 32  # with fewer rows oneDNN is slower in the thin products of adapters than it wins in the others
+LARGE = 512  # rows, from which on the gain hardly changes
 MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
 MAX_ERROR = 4.0  # times the default's error in a trial product: more is not float32 any more, and is refused
 PIN = "LORAKIT_ONEDNN"  # 1 or 0 in the environment: used wherever it is exact, or never, whatever the time says
@@ -81,16 +82,16 @@ def _choose_products(weights: list[nn.Parameter], on_cpu: bool, tokens: float, p
         return Decision(True, "as in the block around")
     if matmul_precision() != "highest":
         return Decision(False, "you have set torch's precision of products")
-    return judge_products(pin)
+    return judge_products(pin, min(LARGE, 1 << int(tokens).bit_length() - 1))
 
 
-def judge_products(pin: bool | None) -> Decision:
-    """Whether this machine multiplies large float32 matrices by oneDNN, by a trial if no pin forbids it."""
+def judge_products(pin: bool | None, rows: int = LARGE) -> Decision:
+    """Whether this machine multiplies float32 matrices of so many rows by oneDNN, by a trial if no pin forbids it."""
     if pin is False:
         return Decision(False, "pinned")
     if not torch.backends.mkldnn.is_available():
         return Decision(False, "torch was built without it")
-    gain, error = onednn_trial()
+    gain, error = onednn_trial(rows)
     if error > MAX_ERROR:
         return Decision(False, f"{error:.0f} times the error of the default, {MAX_ERROR:.0f} are allowed")
     if pin:
@@ -100,19 +101,22 @@ def judge_products(pin: bool | None) -> Decision:
 
 
 @cache
-def onednn_trial() -> tuple[float, float]:
+def onednn_trial(rows: int = LARGE) -> tuple[float, float]:
     """How many times as fast oneDNN multiplies float32 matrices as the default here, and how many times its error.
+
+    The products are those of a layer and its adapter, of rank 16, on so many rows.
 
     torch calls oneDNN for float32 if the precision is "medium", which permits bfloat16 inside. Processors with matrix
     units (AMX) use the permission, and show it in the error; others compute in float32 all the same.
     """
     generator = torch.Generator().manual_seed(0)
-    x, W = (torch.randn(n, 576, generator=generator) for n in (384, 1536))
+    x, W, A = (torch.randn(n, 576, generator=generator) for n in (rows, 1536, 16))
+    B = torch.randn(1536, 16, generator=generator)
     exact, errors, seconds = x.double() @ W.double().T, {}, {}
     for precision in ("highest", "medium"):
         with _matmul_precision(precision):
             errors[precision] = (x @ W.T - exact).norm().item()
-            seconds[precision] = min(_seconds(lambda: x @ W.T) for _ in range(10))
+            seconds[precision] = min(_seconds(lambda: (x @ W.T, x @ A.T @ B.T)) for _ in range(10))
     return seconds["highest"] / seconds["medium"], errors["medium"] / errors["highest"]
 
 

@@ -11,6 +11,7 @@ from lorakit.experiments.stats import (
     Difference,
     accuracy_interval,
     bootstrap_interval,
+    deviation_interval,
     difference,
     differences_from,
     mean_interval,
@@ -27,6 +28,9 @@ def test_intervals_of_one_arm():
     assert (share, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert (mean, low, high) == pytest.approx((2, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4)
+    # tables of chi-squared, 4 degrees of freedom: 0.484 and 11.143
+    expected = math.sqrt(2.5), math.sqrt(10 / 11.1433), math.sqrt(10 / 0.484419)
+    assert deviation_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_differences_are_welchs_or_students():
@@ -93,6 +97,7 @@ def test_an_optimum_at_an_edge_is_said_to_be_one():
     [
         lambda: mean_interval([1.0]),
         lambda: mean_interval([1.0, float("nan")]),
+        lambda: deviation_interval([1.0]),
         lambda: difference([1.0], [1.0, 2.0]),
         lambda: difference([1.0, 2.0, 3.0], [1.0, 2.0], paired=True),
         lambda: difference([1.0, float("inf")], [1.0, 2.0]),

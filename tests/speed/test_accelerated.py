@@ -28,7 +28,7 @@ def eager(monkeypatch):
     """Lets every trick pay for tiny models too: oneDNN for small products, which brings short attention."""
     monkeypatch.setattr(cpu, "MIN_TOKENS", 1)
     monkeypatch.setattr(cpu, "MIN_PRODUCT", 1)
-    monkeypatch.setattr(cpu, "onednn_trial", lambda: (2.0, 1.0))
+    monkeypatch.setattr(cpu, "onednn_trial", lambda rows=512: (2.0, 1.0))
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_a_pinned_run_repeats_whatever_the_clock_says(monkeypatch):
         monkeypatch.setenv(cpu.PIN, pin)
         used = set()
         for gain in (0.5, 1.2, 1.3, 5.0):
-            monkeypatch.setattr(cpu, "onednn_trial", lambda gain=gain: (gain, 1.0))
+            monkeypatch.setattr(cpu, "onednn_trial", lambda rows=512, gain=gain: (gain, 1.0))
             with accelerated(layer, 400) as report:
                 used.add(report.decisions["oneDNN"].used)
         assert used == {pin == "1"}

@@ -73,7 +73,7 @@ def test_memory_is_kept_while_it_is_open_and_given_back_afterwards():
 def trial(monkeypatch):
     """Sets what the trial of oneDNN finds: its gain and its error, as multiples of the default's."""
     monkeypatch.delenv(cpu.PIN, raising=False)
-    return lambda gain, error=1.0: monkeypatch.setattr(cpu, "onednn_trial", lambda: (gain, error))
+    return lambda gain, error=1.0: monkeypatch.setattr(cpu, "onednn_trial", lambda rows=512: (gain, error))
 
 
 def products(layer, tokens, **settings):
@@ -87,7 +87,7 @@ def test_fast_takes_back_the_precision(trial):
     model = torch.nn.Linear(576, 576)
     for dtype, tokens, inside, words in (
         (torch.float32, 400, "medium", "used: 2.0 times as fast"),
-        (torch.float32, 2, "highest", "not used: 2 tokens at a time, needs 256"),
+        (torch.float32, 2, "highest", "not used: 2 tokens at a time, needs 32"),
         (torch.bfloat16, 400, "highest", "not used: for float32 on a CPU only"),
     ):
         assert products(model.to(dtype), tokens) == (inside, words)
@@ -127,8 +127,17 @@ def test_the_choice_can_be_pinned(environment, argument, gain, error, used, tria
 
 
 def test_a_pin_against_it_needs_no_trial(monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_trial", lambda: pytest.fail("timed for nothing"))
+    monkeypatch.setattr(cpu, "onednn_trial", lambda rows: pytest.fail("timed for nothing"))
     assert products(torch.nn.Linear(576, 576), 400, onednn=False) == ("highest", "not used: pinned")
+
+
+def test_the_trial_is_made_with_as_many_rows_as_come(monkeypatch):
+    monkeypatch.delenv(cpu.PIN, raising=False)
+    asked = []
+    monkeypatch.setattr(cpu, "onednn_trial", lambda rows: asked.append(rows) or (2.0, 1.0))
+    for tokens in (52.5, 64, 400, 9000):
+        products(torch.nn.Linear(2048, 2048), tokens)
+    assert asked == [32, 64, 256, 512]
 
 
 def test_the_trial_sees_inexact_products():
