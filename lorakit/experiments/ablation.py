@@ -46,7 +46,9 @@ class Setting:
         frames, tables: of the second, how many ways of asking a shape and how many tables training shows; 0 for all.
         draw: of the second, the seed of the questions that training shows, and of these frames and tables; None for
             the run's own.
-        test: of the SQL task, the split to test on, or several in a list (in a grid, a list in a list).
+        test: of the SQL task, the split to test on, or several in a list (in a grid, a list in a list). Each is the
+            same whatever training shows; with `_as_taught` behind its name it is asked in training's ways, and about
+            training's tables if it has none of its own.
         tested: questions of each such split; the stranger's are always taken all.
         answers: also have the model answer what it does not get exactly, in up to four tokens more than the longest
             completion has, and score that as the task does.
@@ -207,13 +209,16 @@ def items(setting: Setting) -> tuple[Task, list[Any], dict[str, list[Any]]]:
         train, tests = task.items("train"), {"": task.items("test")}
     else:
         variety = {"frames": setting.frames or None, "tables": setting.tables or None}
-        task = sql_task(setting.level, version=setting.version, **variety)
+        task = sql_task(setting.level, version=setting.version)
+        shown = sql_task(setting.level, version=setting.version, **variety)
         drawn = setting.seed if setting.draw is None else setting.draw
-        train = task.items("train", n, drawn) if setting.version > 1 else task.items("train")
+        train = shown.items("train", n, drawn) if setting.version > 1 else task.items("train")
         named = {"": setting.test} if isinstance(setting.test, str) else {f"_{split}": split for split in setting.test}
-        tests = {
-            name: task.items(split, None if split == "stranger" else setting.tested) for name, split in named.items()
-        }
+        tests = {}
+        for name, split in named.items():
+            whole, behind = split.removesuffix("_as_taught"), split.endswith("_as_taught")
+            of, seed = (shown, drawn) if behind else (task, 0)
+            tests[name] = of.items(whole, None if whole == "stranger" else setting.tested, seed)
     if not setting.n <= len(train):
         raise ValueError(f"expected n up to {len(train)}, the examples of {setting.task!r}, got {setting.n}")
     return task, train[:n], tests

@@ -148,8 +148,19 @@ def test_the_sql_task_has_its_edition_its_variety_and_several_tests():
     _, other, _ = ablation.items(ablation.Setting(**asked, draw=1))
     assert len(other) == 48
     assert other != train
-    with pytest.raises(ValueError, match="split"):
-        ablation.items(ablation.Setting(**asked, test="way"))
+    for wrong in ("way", "as_taught", "way_as_taught"):
+        with pytest.raises(ValueError, match="split"):
+            ablation.items(ablation.Setting(**asked, test=wrong))
+
+
+def test_what_training_shows_changes_only_tests_as_taught():
+    asked = {"task": "sql", "version": 2, "n": 48, "tested": 40, "seed": 3, "test": ["tables", "tables_as_taught"]}
+    _, train, narrow = ablation.items(ablation.Setting(**asked, frames=1))
+    _, _, wide = ablation.items(ablation.Setting(**asked))
+    assert narrow["_tables"] == wide["_tables"]
+    assert {item.template for item in narrow["_tables_as_taught"]} <= {item.template for item in train}
+    assert not {item.table for item in narrow["_tables_as_taught"]} & {item.table for item in train}
+    assert len({item.template for item in wide["_tables_as_taught"]}) > 20
 
 
 def test_several_tests_are_scored_apart(tmp_path):
