@@ -14,6 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 from lorakit._suggest import near_names
@@ -256,7 +257,9 @@ def write(folder: str | os.PathLike, version: int = 1) -> None:
 
     Raises:
         ValueError: there is no such edition.
+        OSError: the folder cannot be made, which is tried before the work.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     splits = {split: generate(split, version=version) for split in (edition_2.SPLITS if version == 2 else SPLITS)}
     tables = edition_2.tables_2.TABLES if version == 2 else words.TABLES
     write_files(folder, version, splits, {table: populations(table) for table in tables})
