@@ -2,7 +2,8 @@
 
 `lorakit data FOLDER --version 2` writes the data files, the same bytes each time.
 
-Behind this module: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold tables, values
+Behind this module: `sandbox` runs a query that nobody has checked, `edges` has the databases on which those that are
+nearly right fail, `mistakes` writes such, `level_1` and `levels_2_to_4` hold tables, values
 and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and writes. The
 second edition is `edition_2`, from `frames_train`, `frames_held_out` and `tables_2`, its rows from `rows`; `stranger`
 has what somebody else asked.
@@ -175,8 +176,9 @@ def execution_accuracy(
 ) -> list[bool]:
     """Tells for each predicted query whether it finds the same rows as the item's own query, on all populations.
 
-    Rows are compared as multisets, and in order only where the item's query has ORDER BY. A prediction that fails or
-    is refused is wrong.
+    And on changed copies of them at the query's own edges, see `edges.edge_databases`: `>=` is wrong for `>`, whatever
+    rows there are. Rows are compared as multisets, and in order only where the item's query has ORDER BY. A prediction
+    that fails, is refused or reads no table is wrong.
 
     Args:
         items: the questions.
