@@ -165,7 +165,7 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
 def _attribute(module: ModuleType, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"expected a function {name!r} in {module.__name__}, got {function!r}")
+        raise ValueError(f"expected a function {name!r} in {module.__name__.removeprefix('_plan_')}, got {function!r}")
     return function
 
 

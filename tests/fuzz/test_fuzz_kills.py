@@ -103,7 +103,7 @@ def test_a_merged_model(tiny):
 
 
 def test_a_pretrained_model(tmp_path, monkeypatch):
-    made = tiny_model.make_model(), tiny_model.make_tokenizer(), History([1.0], 0.1)
+    made = tiny_model.make_model(), tiny_model.make_tokenizer(), History(loss=[1.0])
     known = dict.fromkeys(["known_recall", "note_recall", "new_recall", "form"], 0.0)
     monkeypatch.setattr(tiny_model, "pretrain", lambda steps: made)
     monkeypatch.setattr(tiny_model, "measure", lambda *_: known)

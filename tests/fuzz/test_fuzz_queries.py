@@ -1,7 +1,8 @@
-"""Whatever a query says, it gives rows or a QueryError, soon and in little memory, and leaves the tables as they were."""
+"""Whatever a query says, it gives rows or a QueryError, soon and in little memory, and changes nothing."""
 
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from helpers.fuzz import fuzz
@@ -10,34 +11,17 @@ from hypothesis import strategies as st
 from lorakit.tasks.sql.sandbox import QueryError, run_query
 from lorakit.tasks.sql.task import execution_accuracy, generate, near_misses, populations
 
-WORDS = """SELECT FROM WHERE GROUP BY ORDER LIMIT OFFSET DISTINCT COUNT AVG SUM MAX MIN WITH RECURSIVE AS UNION ALL INTERSECT
-EXCEPT LIKE GLOB IN EXISTS NOT BETWEEN CASE WHEN THEN ELSE END JOIN LEFT NATURAL USING ON OVER WINDOW FILTER CAST COLLATE
-NOCASE MATERIALIZED VALUES HAVING ATTACH PRAGMA INSERT DELETE orders customer city price qty a b c rowid sqlite_master
-group_concat substr upper coalesce printf load_extension randomblob pragma_table_info json_each""".split()
-SIGNS = [
-    "(",
-    ")",
-    ",",
-    ";",
-    "'",
-    '"',
-    "`",
-    "[",
-    "]",
-    "--",
-    "/*",
-    "*/",
-    "=",
-    "<",
-    ">=",
-    "||",
-    "%",
-    "*",
-    ".",
-    "?",
-    ":a",
-    "@x",
-]
+KEYWORDS = (
+    "SELECT FROM WHERE GROUP BY ORDER LIMIT OFFSET DISTINCT COUNT AVG SUM MAX MIN WITH RECURSIVE AS UNION ALL "
+    "INTERSECT EXCEPT LIKE GLOB IN EXISTS NOT BETWEEN CASE WHEN THEN ELSE END JOIN LEFT NATURAL USING ON OVER WINDOW FILTER CAST "
+    "COLLATE NOCASE MATERIALIZED VALUES HAVING ATTACH PRAGMA INSERT DELETE"
+)
+NAMES = (
+    "orders customer city price qty a b c rowid sqlite_master group_concat substr upper coalesce printf load_extension "
+    "randomblob pragma_table_info json_each"
+)
+WORDS = f"{KEYWORDS} {NAMES}".split(" ")
+SIGNS = [*"(),;'\"`[]=<%*.?", "--", "/*", "*/", ">=", "||", ":a", "@x"]
 ATOMS = [
     "1",
     "0",
@@ -76,12 +60,8 @@ def test_queries():
 
     def check(query):
         clock, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
-            rows = run_query(ORDERS[0], query)
-        except QueryError as error:
-            rows = []
-            assert str(error)
-        assert len(rows) <= 1_000
+        with suppress(QueryError):
+            assert len(run_query(ORDERS[0], query)) <= 1_000
         assert time.process_time() - clock < 4
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * unit < 150e6
         assert run_query(ORDERS[0], "SELECT * FROM orders") == before

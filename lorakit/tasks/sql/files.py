@@ -114,8 +114,8 @@ One JSON object a line in `SPLIT.jsonl`:
 `databases.json` maps a table to `columns` (name: SQLite type) and `populations` ({populations} lists of rows). A query
 is right when it finds the rows of `answer` on every population: on a single one a wrong query often passes by accident
 (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites"). Every `answer` finds at least
-one row on each of them, and rankings have no ties. `lorakit.execution_accuracy` compares on changed copies of them, too:
-with the numbers of `answer` and their neighbours in the rows, with rows that repeat, and with one row alone
+one row on each of them, and rankings have no ties. `lorakit.execution_accuracy` compares on changed copies of them,
+too: with the numbers of `answer` and their neighbours in the rows, with rows that repeat, and with one row alone
 (`lorakit/tasks/sql/edges.py`).
 
 ## Known limits
