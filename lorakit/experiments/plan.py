@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -92,8 +91,7 @@ def load_plan(path: str | PathLike) -> Plan:
 
     Raises:
         FileNotFoundError: there is no such plan, or no such file with the function.
-        ValueError: the plan is not YAML, lacks something, says something unknown, or gives its function parameters that
-            it does not take.
+        ValueError: the plan is not YAML, lacks something, or says something unknown.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,21 +119,7 @@ def load_plan(path: str | PathLike) -> Plan:
         raise ValueError(
             f"expected parameters of the grid for together in {path.name}, got {', '.join(sorted(unknown))}"
         )
-    if not options.get("together"):
-        _check_parameters(function, settings, path.name)
     return Plan(function, plan["grid"], path.parent / plan.get("folder", path.stem), options)
-
-
-def _check_parameters(function: Callable[..., Any], settings: list[Settings], place: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # one in C may have none
-        return
-    for setting in settings:
-        try:
-            signature.bind(**setting)
-        except TypeError as error:
-            raise ValueError(f"expected the parameters of the function in {place}, {error}: {setting}") from None
 
 
 def find_function(name: str, folder: Path) -> Callable[..., Any]:

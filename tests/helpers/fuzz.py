@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from hypothesis import HealthCheck, given, seed, settings
-from hypothesis.strategies import SearchStrategy
+from hypothesis.strategies import SearchStrategy, tuples
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
 SEED = int(os.environ.get("FUZZ_SEED", str(random.SystemRandom().getrandbits(32))))
@@ -28,4 +28,4 @@ def fuzz(target: str, check: Callable[..., object], *strategies: SearchStrategy,
         max_examples=at_once, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck)
     )
     for random_numbers in rounds(target):
-        seed(random_numbers.getrandbits(32))(quick(given(*strategies)(lambda *example: check(*example))))()
+        seed(random_numbers.getrandbits(32))(quick(given(tuples(*strategies))(lambda example: check(*example))))()
