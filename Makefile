@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL        one more package index. On Linux PyPI's torch brings gigabytes of CUDA; the build for CPUs is at
 #                          https://download.pytorch.org/whl/cpu
 #   LESSON="00 03"         the lessons for `make course` and `make outputs` (default: all)
+#   FUZZ_SECONDS=300       for each target of `make fuzz`; FUZZ_SEED=5 repeats what a seed found
 #   PROFILE=gpu            laptop (default), smoke or gpu, for `make course`
 # On Windows use WSL, or conda with environment.yml and the commands below each target.
 
@@ -24,7 +25,7 @@ export PYTHONHASHSEED := 0
 export GOMP_SPINCOUNT := 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help start course lab test quick lint drift outputs clean
+.PHONY: help start course lab test quick fuzz lint drift outputs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ test: lint ## all tests: the package, each lesson on a tiny model, and the lesso
 
 quick: lint ## in about two minutes what breaks most often: neither lessons nor the base model nor what takes long
 	@$(PYTEST) tests -m "not slow and not long"
+
+fuzz: $(READY) ## random plans, configs, queries, adapters and kills, each for FUZZ_SECONDS (20), from FUZZ_SEED (a new one)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -q -s
 
 lint: $(READY) ## check style and format, notebooks included, and the package's types
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy --no-error-summary

@@ -1,4 +1,8 @@
-"""Files and folders that are never half-written: made in a draft, then switched in one step."""
+"""Files and folders that are never half-written: made in a draft, then switched in one step.
+
+What is locked is the folder itself, with `flock`, and not a file of filelock's: that would lie beside every adapter for
+good, or be one more thing that a kill leaves behind, and save_adapter does not need filelock otherwise.
+"""
 
 import ctypes
 import os

@@ -3,11 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable
+from os.path import abspath
 from pathlib import Path
 from typing import NamedTuple
 
 from lorakit import __version__
 from lorakit._optional import need
+
+
+def _place(text: str) -> Path:
+    """A file or folder; an empty name, as of a shell variable that is not set, is not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file or folder, got an empty name")
+    return Path(text)
 
 
 class Command(NamedTuple):
@@ -46,8 +54,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", help="a short name, a local folder, or a hub id")
-    parser.add_argument("adapter", type=Path, help="a folder with LoRA, rsLoRA or DoRA, lorakit's or PEFT's")
-    parser.add_argument("--out", type=Path, required=True, help="the new folder for the plain model")
+    parser.add_argument("adapter", type=_place, help="a folder with LoRA, rsLoRA or DoRA, lorakit's or PEFT's")
+    parser.add_argument("--out", type=_place, required=True, help="the new folder for the plain model")
     parser.add_argument("--dtype", default="auto", help="auto (the base's own), float32, bfloat16 or float16")
 
 
@@ -59,7 +67,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _declare_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where to write, such as data/sql")
+    parser.add_argument("folder", type=_place, help="where to write, such as data/sql")
     parser.add_argument(
         "--version", type=int, default=1, choices=(1, 2), help="the task's edition (default: %(default)s)"
     )
@@ -74,7 +82,7 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _declare_pretrain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", type=Path, help="where to write, such as data/tiny (default: the cache)")
+    parser.add_argument("folder", nargs="?", type=_place, help="where to write, such as data/tiny (default: the cache)")
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -90,7 +98,7 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="set a parameter of the lessons; the value is read as YAML")  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("runs"), help="folder for executed copies (default: %(default)s)"
+        "--out", type=_place, default=Path("runs"), help="folder for executed copies (default: %(default)s)"
     )
     parser.add_argument("--in-place", action="store_true", help="refresh the lessons' own outputs instead of copying")
 
@@ -163,8 +171,10 @@ def _budget(args: argparse.Namespace) -> int:
 
 
 def _declare_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plans", nargs="+", type=Path, metavar="plan", help="a YAML file: function, grid, folder")
-    parser.add_argument("--into", type=Path, metavar="DIR", help="put each plan's folder there, to make all runs anew")
+    parser.add_argument("plans", nargs="+", type=_place, metavar="plan", help="a YAML file: function, grid, folder")
+    parser.add_argument(
+        "--into", type=_place, metavar="DIR", help="put each plan's folder there, to make all runs anew"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say how many runs are missing and what they cost")
     parser.add_argument("--retry", action="store_true", help="make the failed runs again")
     parser.add_argument("--jobs", type=int, help="how many at a time, -1 for all cores (default: the plan's, or one)")
@@ -175,8 +185,13 @@ def _sweep(args: argparse.Namespace) -> int:
         need(f"lorakit.experiments.{name}", extra="sweep") for name in ("plan", "records", "sweep")
     )
     survey, failed = records.survey, 0
-    for path, plan in [(path, plans.load_plan(path)) for path in args.plans]:
-        folder = args.into / plan.folder.name if args.into else plan.folder
+    read = [(path, plans.load_plan(path)) for path in args.plans]
+    folders = [args.into / Path(abspath(plan.folder)).name if args.into else plan.folder for _, plan in read]
+    if args.jobs is not None:
+        sweeps.check_jobs(args.jobs)
+    for folder in folders if not args.dry_run else []:
+        sweeps.prepare(folder)  # that of the last plan, too, before the first plan's runs
+    for (path, plan), folder in zip(read, folders, strict=True):
         title = f"{path.name}: " if len(args.plans) > 1 else ""
         print(f"{title}{survey(folder, plan.settings, args.retry, guide=plan.folder)}")
         if args.dry_run:
@@ -185,7 +200,7 @@ def _sweep(args: argparse.Namespace) -> int:
         frame = sweeps.sweep(plan.function, plan.grid, folder, retry=args.retry, **options)
         print(survey(folder, plan.settings))
         for error in frame.error[frame.error != ""].drop_duplicates():
-            print(error.rstrip().splitlines()[-1])
+            print(error.rstrip().split("\n")[-1])
         print(folder)
         failed += (frame.error != "").sum()
     return 1 if failed else 0

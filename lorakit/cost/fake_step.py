@@ -100,7 +100,8 @@ def rehearse(
     """
     try:
         return _rehearse(config, dtype, shape, prepare, checkpointing, settings)
-    except (RuntimeError, AttributeError, TypeError, LookupError) as error:  # out of code that a fake model confuses
+    except (RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
+        # out of the model's code, which a fake model or an impossible config confuses
         kind, what = config.model_type, " ".join(str(error).split())
         raise ValueError(f"expected shapes that follow from the config, got {kind!r} in {dtype}: {what}") from error
 

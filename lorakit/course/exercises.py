@@ -26,7 +26,7 @@ def stub_source(source: str) -> str:
     lines: list[str] = []
     stub: list[str] = []
     state = END
-    for line in source.splitlines():
+    for line in source.split("\n"):
         text = line.strip()
         if text in (SOLUTION, STUB, END):
             if (state, text) not in {(END, SOLUTION), (SOLUTION, STUB), (SOLUTION, END), (STUB, END)}:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lorakit.experiments.records import Grid, Settings, expand
+from lorakit.experiments.records import MOST_JOBS, Grid, Settings, expand
 
 
 class _Yaml(yaml.SafeLoader):
@@ -71,8 +71,8 @@ def _grid(value: Any) -> bool:
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "function": ("file.py:name or package.module:name", lambda value: isinstance(value, str)),
     "grid": ("a mapping of parameters to values, or several,", _grid),
-    "folder": ("a folder's name", lambda value: isinstance(value, str)),
-    "jobs": ("a whole number", lambda value: _whole(value) and value != 0),
+    "folder": ("a folder's name", lambda value: isinstance(value, str) and value != ""),
+    "jobs": ("a number of processes, or -1", lambda value: _whole(value) and 0 < abs(value) <= MOST_JOBS),
     "together": ("a list of parameters", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
     "at_once": ("a whole number above 0", lambda value: _whole(value) and value > 0),
 }  # of a plan's entries, in words and as a check
@@ -115,6 +115,10 @@ def load_plan(path: str | PathLike) -> Plan:
 
         function = beside(function, settings, path.parent)
     options = {name: plan[name] for name in ("jobs", "together", "at_once") if name in plan}
+    if unknown := set(options.get("together", ())) - {name for setting in settings for name in setting}:
+        raise ValueError(
+            f"expected parameters of the grid for together in {path.name}, got {', '.join(sorted(unknown))}"
+        )
     return Plan(function, plan["grid"], path.parent / plan.get("folder", path.stem), options)
 
 
@@ -123,23 +127,29 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the name has another form, or the module or function is not there.
+        ValueError: the name has another form, the module or function is not there, or the module cannot be imported.
     """
     module, _, attribute = str(name).rpartition(":")
     if not module or not attribute:
         raise ValueError(f"expected file.py:name or package.module:name, got {name!r}")
-    if module.endswith(".py"):
-        return FileFunction((folder / module).resolve(), attribute)
     try:
-        return _attribute(importlib.import_module(module), attribute)
+        if module.endswith(".py"):
+            return FileFunction(Path(os.path.realpath(folder / module)), attribute)
+        found = importlib.import_module(module)
+    except (OSError, ValueError):
+        raise  # it says all
     except ModuleNotFoundError as error:
         raise ValueError(f"expected a module {module!r}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever a file does while it is read
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"expected a function {attribute!r} in {module}, which cannot be imported: {text}") from error
+    return _attribute(found, attribute)
 
 
 def _attribute(module: ModuleType, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"expected a function {name!r} in {module.__name__}, got {function!r}")
+        raise ValueError(f"expected a function {name!r} in {module.__name__.removeprefix('_plan_')}, got {function!r}")
     return function
 
 

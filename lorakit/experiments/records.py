@@ -15,6 +15,7 @@ import pandas as pd
 from lorakit._atomic import write_atomically
 from lorakit._progress import duration
 
+MOST_JOBS = 1_000  # at a time, far above what one machine has
 Settings = dict[str, Any]
 Grid = Mapping | Iterable[Mapping]
 
@@ -36,7 +37,7 @@ def expand(grid: Grid) -> list[Settings]:
     for part in parts:
         values = {k: list(v) if isinstance(v, list | tuple | range) else [v] for k, v in part.items()}
         for name, choices in values.items():
-            if not isinstance(name, str) or not choices:
+            if not isinstance(name, str) or not name or not choices:
                 raise ValueError(f"expected a name and at least one value, got {name!r}: {choices}")
         if not values:
             raise ValueError("expected parameters, got an empty grid")

@@ -21,9 +21,11 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 
+from lorakit._atomic import draft_beside, named_errors
 from lorakit._progress import Progress, duration
 from lorakit.experiments.circumstances import circumstances
 from lorakit.experiments.records import (
+    MOST_JOBS,
     Grid,
     Settings,
     canonical,
@@ -72,7 +74,9 @@ def sweep(
         the `frame` of the grid: one row a run, failed ones included.
 
     Raises:
-        ValueError: the grid is not one, or `together` names a parameter that it does not have.
+        ValueError: the grid is not one, `together` names a parameter that it does not have, or `jobs` is no number of
+            processes.
+        OSError: nothing can be written into the folder, which is tried before the first run.
     """
     settings, folder = expand(grid), Path(folder)
     if isinstance(together, str):
@@ -80,7 +84,9 @@ def sweep(
     unknown = [name for name in together if not any(name in setting for setting in settings)]
     if unknown or at_once < 1:
         raise ValueError(f"expected parameters of the grid and at_once >= 1, got {unknown or at_once}")
-    (folder / ".locks").mkdir(parents=True, exist_ok=True)
+    if jobs is not None:
+        check_jobs(jobs)
+    prepare(folder)
     state = survey(folder, settings, retry)
     for damaged in state.damaged:
         print(f"set aside: {damaged}")
@@ -94,6 +100,24 @@ def sweep(
             left = (time.perf_counter() - start) / made * (len(state.missing) - made)
             progress.update(n, f"{duration(left)} left")
     return frame(folder, settings)
+
+
+def check_jobs(jobs: int) -> None:
+    """Raises a ValueError if that is no number of processes: above 0, or below it as joblib counts the cores."""
+    if not 0 < abs(jobs) <= MOST_JOBS:
+        raise ValueError(f"expected from 1 to {MOST_JOBS} jobs, or -1 for all cores, got {jobs}")
+
+
+def prepare(folder: Path) -> None:
+    """Makes a folder for records and tries to write into it; drafts that killed processes have left there go.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written there.
+    """
+    with named_errors(folder):
+        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+        with draft_beside(folder / "record"):
+            pass
 
 
 def _calls(missing: list[Settings], together: Sequence[str], at_once: int) -> list[list[Settings]]:

@@ -38,9 +38,12 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
         raise ValueError(
             f"expected scale_rule in {sorted(SCALE_RULES)} or a function (alpha, rank), got {scale_rule!r}"
         )
-    if not isinstance(alpha, Real) or not math.isfinite(alpha):
-        raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
-    scale = float((SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank))
+    try:
+        if not isinstance(alpha, Real) or not math.isfinite(alpha):
+            raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
+        scale = float((SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank))
+    except OverflowError as error:
+        raise ValueError(f"expected an alpha and a rank that a float can hold, got {error}") from None
     if not math.isfinite(scale):
         raise ValueError(f"expected a finite scale, got {scale} from alpha {alpha!r}")
     return scale

@@ -12,6 +12,7 @@ from lorakit._atomic import draft_beside, named_errors
 from lorakit._optional import quiet
 from lorakit.models.load import load_model
 from lorakit.models.merge import merge
+from lorakit.models.peft_files import read_adapter
 from lorakit.models.save_load import load_adapter
 from lorakit.training.batch import Example
 from lorakit.training.evaluate import kl_divergence, log_probabilities
@@ -78,6 +79,7 @@ def export_merged(
 
 def _make(base: str | os.PathLike, adapter: str | os.PathLike, folder: Path, dtype: str) -> Exported:
     """Writes the merged model into a new folder, and compares it."""
+    read_adapter(Path(adapter))  # found now if there is none, not after the base is loaded
     model, tokenizer = load_model(base)
     chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
     probe = _probe(model)

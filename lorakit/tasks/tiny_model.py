@@ -183,7 +183,9 @@ def write(folder: str | os.PathLike | None = None, steps: int = STEPS) -> Path:
     folder = cache_dir() / "tiny" if folder is None else Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise ValueError(f"expected an empty folder, a new one or one with a model to replace, got {folder}")
-    folder = folder.resolve()  # what a link points to is replaced, not the link
+    folder = Path(os.path.realpath(folder))  # what a link points to is replaced, not the link
+    if folder.is_symlink():
+        raise ValueError(f"expected a folder, got a link that leads round to itself: {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     settle(folder)
     with named_errors(folder), draft_beside(folder) as draft:  # what cannot be written is found before the training

@@ -383,6 +383,36 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         budget("nobody/nothing")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": 0},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"num_key_value_heads": 0},
+        {"pad_token_id": 99},
+        {"dtype": "nothing"},
+        {"model_type": "nothing"},
+        {"quantization_config": 5},
+        {"intermediate_size": float("nan")},
+    ],
+)
+def test_an_impossible_config_is_one_line(tmp_path, capsys, change):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", "vocab_size": 16} | sizes | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["budget", str(tmp_path), "--tokens", "4"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lorakit: expected ")
+    assert error.count("\n") == 1
+
+
+def test_sizes_that_no_float_holds_are_refused():
+    with pytest.raises(ValueError, match="that a float can hold"):
+        budget(CONFIGS["llama"](), rank=10**400, tokens=4)
+
+
 @pytest.mark.long
 def test_the_command_prints_a_column_for_each_method(capfd):
     assert cli.main(["budget", "tiny", "--tokens", "8", "--rank", "2"]) == 0

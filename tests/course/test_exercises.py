@@ -31,6 +31,11 @@ def test_every_notebook_of_exercises_has_solutions_and_a_lesson_number():
     assert len({name[:2] for name in names}) == len(names) >= 2
 
 
+def test_a_cells_lines_end_at_a_newline_alone():
+    source = 'text = "a\u2028b\x0cc\x85"\n# --- solution\nx = 1\n# --- end'
+    assert exercises.stub_source(source).startswith('text = "a\u2028b\x0cc\x85"\n')
+
+
 @each_solution
 def test_exercises_are_whole(path):
     nb = read(NOTEBOOKS / "exercises" / path.name)

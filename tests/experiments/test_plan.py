@@ -80,6 +80,11 @@ def test_a_changed_file_is_read_again(plan):
         "grid: {a: [1]}\nat_once: x",
         "grid: {a: [1]}\nat_once: 0",
         "grid: {a: [1]}\njobs: true",
+        "grid: {x: [1]}\njobs: " + "9" * 40,
+        "grid: {x: [1]}\nfolder: ''",
+        "grid: {x: [1]}\ntogether: [y]",
+        "grid: {x: [.nan]}",
+        "grid: {'': [1]}",
         "grid: {a: [1]}\n3: 4",
         "grid: " + "[" * 20_000,
     ],
@@ -90,6 +95,27 @@ def test_a_wrong_type_is_one_line(plan, capsys, text):
     error = capsys.readouterr().err
     assert error.startswith("lorakit: expected ")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bad.py", "def run(x:"),
+        ("bad.py", "1 / 0"),
+        ("bad.py", "import sys; sys.exit(3)"),
+        ("bad.py", "raise RuntimeError('two\\nlines')"),
+        ("bad.py", "run = 5"),
+        ("..bad", ""),
+        (".bad", ""),
+    ],
+)
+def test_a_function_that_cannot_be_had_is_one_line(plan, capsys, name, text):
+    (plan.parent / "bad.py").write_text(text)
+    plan.write_text(f"function: {name}:run\ngrid: {{x: [1]}}")
+    assert cli.main(["sweep", str(plan), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lorakit: expected a function 'run' in bad" if text else "lorakit: expected ")
+    assert error.count("\n") == 1
 
 
 def test_a_missing_plan_is_said_plainly(tmp_path, capsys):

@@ -264,6 +264,27 @@ def test_several_plans_are_made_anew_elsewhere_at_a_known_cost(tmp_path, capsys)
     assert not (tmp_path / "late").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "options"), [("file", []), ("file/deep", []), ("good", ["--jobs", "0"]), ("good", ["--jobs", "9" * 40])]
+)
+def test_what_cannot_be_is_found_before_the_first_plans_runs(tmp_path, capsys, folder, options):
+    (tmp_path / "runs.py").write_text(RUNS)
+    (tmp_path / "file").touch()
+    for name, place in (("a", "first"), ("b", folder)):
+        (tmp_path / f"{name}.yaml").write_text(f"function: runs.py:square\ngrid: {{x: 1}}\nfolder: {place}\n")
+    assert cli.main(["sweep", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list((tmp_path / "first").glob("*.json"))
+
+
+def test_a_sweep_clears_the_drafts_of_killed_ones(tmp_path):
+    dead = tmp_path / f".x.json.{'0' * 32}.lorakit.tmp"
+    dead.mkdir()
+    setting = {"x": 1, "seed": 0}
+    sweep(square, setting, tmp_path, show=False)
+    assert {path.name for path in tmp_path.iterdir()} == {".locks", record_path(tmp_path, setting).name}
+
+
 @pytest.mark.long
 def test_a_plan_may_take_runs_together_and_in_processes(tmp_path):
     plan = write_plan(

@@ -12,7 +12,10 @@ import lorakit
 from lorakit import cli
 from lorakit._optional import need
 from lorakit.course import doctor, lessons, outputs, runner
+from lorakit.merging import export
 from lorakit.models import download
+from lorakit.tasks import tiny_model
+from lorakit.tasks.sql import task as sql_task
 
 PROFILES = {"laptop": "", "smoke": "all: {seed: 7}\n00_first: {steps: 2, rate: 2e-4}\n", "gpu": "all: {missing: 1}\n"}
 BAR = """\
@@ -312,6 +315,42 @@ def test_what_is_not_installed_is_named_with_its_extra():
 def test_a_fault_of_lorakits_own_is_no_want_of_a_package():
     with pytest.raises(ImportError, match=r"No module named 'lorakit\.absent'"):
         need("lorakit.absent")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", ""],
+        ["pretrain", ""],
+        ["sweep", ""],
+        ["merge", "tiny", "", "--out", "new"],
+        ["merge", "tiny", "adapter", "--out", ""],
+        ["run", "--out", ""],
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "got an empty name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file", "file/deep", "loop"])
+@pytest.mark.parametrize("command", ["data", "pretrain", "merge"])
+def test_what_cannot_be_written_is_found_before_the_work(command, place, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((sql_task, "generate"), (tiny_model, "pretrain"), (export, "load_model")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
+    arguments = ["merge", "tiny", "adapter", "--out", place] if command == "merge" else [command, place]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lorakit: ")
+    assert error.count("\n") == 1
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_the_version_is_that_of_the_package(capsys):

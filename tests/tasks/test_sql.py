@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lorakit import cli
 from lorakit.tasks.sql import edition_2, level_1, levels_2_to_4, tables_2
-from lorakit.tasks.sql.harder_questions import near_misses
+from lorakit.tasks.sql.harder_questions import lookalikes
 from lorakit.tasks.sql.questions import questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Table, run_query
 from lorakit.tasks.sql.task import (
@@ -29,6 +29,7 @@ from lorakit.tasks.sql.task import (
     generate,
     load_databases,
     load_sql,
+    near_misses,
     populations,
     same_rows,
     write,
@@ -204,18 +205,18 @@ def test_a_harder_question_and_its_schema_name_what_the_query_needs(level):
 
 
 @each_level
-def test_no_near_miss_of_a_harder_query_passes(level):
+def test_no_lookalike_of_a_harder_query_passes(level):
     tried = 0
     for item in harder_items("tables", level)[::4]:
         assert execution_accuracy([item], [item.answer]) == [True]
-        for wrong in set(near_misses(item.answer)) - {item.answer}:
+        for wrong in set(lookalikes(item.answer)) - {item.answer}:
             tried += 1
             assert execution_accuracy([item], [wrong]) == [False], (item.answer, wrong)
     assert tried > 100
 
 
-def test_near_misses_are_what_they_say():
-    misses = set(near_misses("SELECT a FROM t WHERE b = 'x' AND c > 1"))
+def test_lookalikes_are_what_they_say():
+    misses = set(lookalikes("SELECT a FROM t WHERE b = 'x' AND c > 1"))
     expected = {
         "SELECT a FROM t WHERE b = 'x'",
         "SELECT a FROM t WHERE c > 1",
@@ -224,7 +225,7 @@ def test_near_misses_are_what_they_say():
     assert expected <= misses
     inner = "SELECT a FROM t WHERE c > (SELECT AVG(c) FROM t WHERE b = 'x')"
     assert {inner.replace(" WHERE b = 'x'", ""), inner.replace("AVG", "MAX"), inner.replace(">", "<")} <= set(
-        near_misses(inner)
+        lookalikes(inner)
     )
 
 
@@ -378,6 +379,124 @@ def wrong_answers(item: Item) -> set[str]:
     return wrong - {gold}
 
 
+def some_of_each_shape(items, n=1) -> list[Item]:
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.shape, []).append(item)
+    return [item for each in found.values() for item in each[:n]]
+
+
+DRAWN = {
+    **{f"level 1, {split}": lambda split=split: items_of(split) for split in SPLITS},
+    **{f"level {level}, iid": lambda level=level: harder_items("iid", level) for level in (2, 3, 4)},
+    **{f"edition 2, {split}": lambda split=split: load_sql(split, version=2) for split in edition_2.SPLITS},
+    "stranger": lambda: load_sql("stranger"),
+}
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_no_near_miss_is_right(drawn):
+    tried = 0
+    for item in some_of_each_shape(DRAWN[drawn]()):
+        misses = near_misses(item)
+        right = execution_accuracy([item] * len(misses), misses)
+        assert not any(right), (item.answer, [miss for miss, passes in zip(misses, right, strict=True) if passes])
+        tried += len(misses)
+    assert tried > 60
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (
+            "SELECT city FROM orders WHERE qty > 50",
+            [
+                *("SELECT city FROM orders WHERE qty >= 50", "SELECT city FROM orders WHERE qty < 50"),
+                *("SELECT city FROM orders WHERE qty > 49", "SELECT city FROM orders WHERE qty > 51"),
+                *("SELECT price FROM orders WHERE qty > 50", "SELECT city FROM orders WHERE price > 50"),
+                *("SELECT DISTINCT city FROM orders WHERE qty > 50", "SELECT city FROM orders"),
+            ],
+        ),
+        (
+            "SELECT city FROM orders ORDER BY qty DESC LIMIT 3",
+            [
+                *(f"SELECT city FROM orders ORDER BY qty DESC LIMIT {n}" for n in (2, 4)),
+                *("SELECT city FROM orders ORDER BY qty LIMIT 3", "SELECT city FROM orders LIMIT 3"),
+                "SELECT city FROM orders ORDER BY qty DESC",
+            ],
+        ),
+        ("SELECT DISTINCT city FROM orders", ["SELECT city FROM orders", "SELECT DISTINCT customer FROM orders"]),
+        (
+            "SELECT SUM(qty) FROM orders",
+            [f"SELECT {each} FROM orders" for each in ("AVG(qty)", "COUNT(qty)", "SUM(price)", "SUM(DISTINCT qty)")],
+        ),
+        (
+            "SELECT COUNT(*) FROM orders",
+            [
+                *(
+                    "SELECT COUNT(DISTINCT qty) FROM orders",
+                    "SELECT SUM(qty) FROM orders",
+                    "SELECT 24 FROM orders LIMIT 1",
+                ),
+                *("SELECT 24", "SELECT * FROM (VALUES (24))"),
+            ],
+        ),
+    ],
+)
+def test_near_misses_are_what_they_say(query, expected):
+    misses = near_misses(one_item(query))
+    assert set(expected) <= set(misses)
+    assert query not in misses
+    assert len(set(misses)) == len(misses)
+
+
+def rewritten(query: str) -> list[str]:
+    """Other ways to write a query that find the same rows in the same order, whatever these are."""
+    changes = [
+        (r" (?=[^']*(?:'[^']*'[^']*)*$)", "\n\t "),
+        (r"\b(SELECT|FROM|WHERE|AND|GROUP|ORDER|BY|AVG|SUM|MIN|MAX|COUNT|JOIN|LIMIT)\b", lambda m: m[0].lower()),
+        (r"(?<!['\w])([a-z]\w*)\b(?!['\w])", r'"\1"'),
+        (r"(?<=WHERE )(?!.*(?:AND|OR|SELECT))(.*)$", r"(\1)"),
+        (r"(\w+) > (\d+)", r"NOT (\1 <= \2)"),
+        (r"(\w+) < (\d+)", r"NOT \1 >= \2"),
+        (r"(\w+) > (\d+)", r"\2 < \1"),
+        (r"(?<!\))(\b\w+) > (\d+)", lambda m: f"{m[1]} >= {int(m[2]) + 1}" if "HAVING" not in query else m[0]),
+        (r"(\w+) > (\d+)", r"\1 - \2 > 0"),
+        (r"(\w+) = ('[^']+')", r"\1 IN (\2)"),
+        (r"(\w+) = ('[^']+')", r"\2 == \1"),
+        (r"COUNT\(\*\)", "COUNT(1)"),
+        (r"COUNT\(\*\)", "SUM(1)" if "WHERE" not in query else "COUNT(*)"),
+        (r"AVG\((\w+)\)", r"SUM(\1) * 1.0 / COUNT(\1)"),
+        (r"^SELECT DISTINCT (\w+) FROM (\w+)$", r"SELECT \1 FROM \2 GROUP BY \1"),
+        (r"^SELECT DISTINCT (\w+) FROM (\w+)$", r"SELECT \1 FROM \2 UNION SELECT \1 FROM \2"),
+        (r"^(SELECT .*)$", r"SELECT * FROM (\1)"),
+        (r"^(SELECT .*)$", r"WITH found AS (\1) SELECT * FROM found"),
+        (r"FROM (\w+) WHERE (?!.*SELECT)(.*)$", r"FROM (SELECT * FROM \1) WHERE \2"),
+        (r"FROM (\w+) WHERE (?!.*(?:SELECT|JOIN))(\w+) ", r"FROM \1 AS t WHERE t.\2 "),
+        (r" FROM (\w+) JOIN (\w+) USING \((\w+)\)", r" FROM \1 INNER JOIN \2 ON \1.\3 = \2.\3"),
+        (r" FROM (\w+) JOIN (\w+) USING \((\w+)\)", r" FROM \2 JOIN \1 USING (\3)"),
+        (
+            r" FROM (\w+) JOIN (\w+) USING \((\w+)\) WHERE (\w+ [=<>] \S+)$",
+            r" FROM \1 WHERE \3 IN (SELECT \3 FROM \2 WHERE \4)",
+        ),
+        (r" HAVING (.*?) ([<>]) (\d+)$", r" HAVING \1 \2 \3.0"),
+        (r" ORDER BY (\w+) DESC", r" ORDER BY -\1 ASC"),
+        (r"$", " ;"),
+        (r"$", " -- so it is"),
+    ]
+    texts = [re.sub(pattern, new, query) for pattern, new in changes]
+    return [text for text in texts if text != query]
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_a_right_query_in_other_words_is_right(drawn):
+    for item in some_of_each_shape(DRAWN[drawn]()):
+        others = rewritten(item.answer)
+        assert len(others) > 6
+        right = execution_accuracy([item] * len(others), others)
+        assert all(right), (item.answer, [text for text, passes in zip(others, right, strict=True) if not passes])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("split", SPLITS)
 def test_wrong_answers_differ_on_some_population(split):
@@ -416,6 +535,12 @@ def test_numbers_do_not_repeat_so_that_rankings_have_no_ties(table):
         ([(1,), (1,)], [(1,)], False, False),
         ([(1,)], [(1, 1)], False, False),
         ([(2,)], [(2.0,)], True, True),
+        ([(2**53,)], [(2**53 + 1,)], True, False),
+        ([(5_000_000_001,)], [(5_000_000_002,)], True, False),
+        ([(5_000_000_001,)], [(5_000_000_002.0,)], False, False),
+        ([(5_000_000_001.0,)], [(5_000_000_002.0,)], False, False),
+        ([(2**60,)], [(float(2**60),)], True, True),
+        ([(3,)], [(3.0000000000000004,)], True, True),
         ([(0.1 + 0.2,)], [(0.3,)], False, True),
         ([(0.3,)], [(0.3001,)], False, False),
         ([(1,)], [("1",)], False, False),
@@ -465,6 +590,8 @@ ALLOWED = [
     "SELECT a.city FROM orders AS a JOIN orders AS b ON a.qty = b.qty AND a.city <> 'with'",
     "SELECT city FROM orders UNION SELECT customer FROM orders ORDER BY 1 LIMIT 3",
     "SELECT CASE WHEN qty > 5 THEN 'many' ELSE 'few' END FROM orders -- WITH a remark",
+    "WITH a AS (SELECT AVG(price) AS m FROM orders) SELECT city FROM orders, a WHERE price > a.m",
+    "with a as (select city as c from orders), b as (select c from a where c like 'O%') select b.c from b;",
     "SELECT ROUND(AVG(price), 2), COALESCE(MAX(qty), 0), GROUP_CONCAT(city) FROM ORDERS",
 ]
 FORBIDDEN = [
@@ -480,7 +607,18 @@ FORBIDDEN = [
     "BEGIN",
     "EXPLAIN SELECT 1",
     "VALUES (1)",
+    "SELECT 1",
+    "SELECT * FROM (VALUES ('Oslo'), ('Rome'))",
     "WITH a AS (SELECT 1) SELECT * FROM a",
+    "WITH orders AS (SELECT 1) SELECT * FROM orders",
+    "WITH a AS (SELECT city FROM orders) SELECT * FROM a, a AS b",
+    "WITH a AS (SELECT city FROM orders) SELECT * FROM a, [A] AS b",
+    "WITH a(x) AS (SELECT city FROM orders) SELECT * FROM a",
+    "WITH a AS (SELECT city FROM orders UNION ALL SELECT city FROM a) SELECT city FROM a",
+    "WITH RECURSIVE a AS (SELECT city FROM orders) SELECT * FROM a",
+    "WITH a AS (SELECT city FROM orders",
+    "WITH",
+    "SELECT * FROM (WITH a AS (SELECT city FROM orders) SELECT * FROM a)",
     "WITH a AS (SELECT 1) DELETE FROM orders",
     "SELECT 1; DELETE FROM orders",
     "SELECT * FROM sqlite_master",

@@ -178,6 +178,14 @@ def test_a_folder_is_a_task(tmp_path):
     assert chat.completion(chat.items("test")[0]) == " 0<|im_end|>"
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_only_a_newline_ends_a_line(tmp_path, mark):
+    row = {"prompt": f"a{mark}b", "completion": f"c{mark}d"}
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.jsonl").write_bytes(f"{json.dumps(row, ensure_ascii=False)}\r\n".encode() * 2)
+    assert [vars(line) for line in own_task(tmp_path).items("train")] == [row, row]
+
+
 @pytest.mark.parametrize(
     "line",
     ['{"prompt": "x"}', "[1]", "{", '{"prompt": 1, "completion": "y"}', '{"prompt": "x", "completion": ""}'],

@@ -48,8 +48,7 @@ EDITIONS = {
   edition was made.
 - The words, phrasings and number of tables were adjusted while the task was made, with models trained on it and scored
   on the held-out splits, until a small model could learn it in under 50 steps. The splits measure what reaches new
-  tables and new sentences of this kind; they are no untouched benchmark.
-- A known gap: no number stands twice in its column, so `COUNT(DISTINCT number)` passes for `COUNT(*)`.""",
+  tables and new sentences of this kind; they are no untouched benchmark.""",
     ),
     2: Edition(
         {
@@ -115,13 +114,16 @@ One JSON object a line in `SPLIT.jsonl`:
 `databases.json` maps a table to `columns` (name: SQLite type) and `populations` ({populations} lists of rows). A query
 is right when it finds the rows of `answer` on every population: on a single one a wrong query often passes by accident
 (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites"). Every `answer` finds at least
-one row on each of them, and rankings have no ties.
+one row on each of them, and rankings have no ties. `lorakit.execution_accuracy` compares on changed copies of them,
+too: with the numbers of `answer` and their neighbours in the rows, with rows that repeat, and with one row alone
+(`lorakit/tasks/sql/edges.py`).
 
 ## Known limits
 
 {limits}
 - Questions never ask for something that the table lacks, and are never ambiguous on purpose.
 - Equal rows on {populations} populations are strong evidence for an equal query, not a proof.
+- A query that reads no table is wrong whatever it gives. One with WITH is run if it uses each name at most once.
 
 ## Checksums
 

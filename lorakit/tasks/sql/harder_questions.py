@@ -31,8 +31,8 @@ FUNCTION = re.compile(rf"\b({'|'.join(words.FUNCTIONS)})\(")
 def harder_questions(split: str, level: int, n: int, rng: random.Random) -> list[Item]:
     """Draws n different questions of levels 1 to `level`, in equal shares of the shapes as far as they reach.
 
-    Level 4 shows two tables with every question. Each query finds rows on every population, and no `near_misses` of it
-    finds the same.
+    Level 4 shows two tables with every question. Each query finds rows on every population, and none of its
+    `lookalikes` finds the same.
 
     Raises:
         ValueError: there are not so many.
@@ -64,7 +64,7 @@ def _draw(shape: words.Shape, split: str, level: int, rng: random.Random) -> Ite
     return make_item(shape, template, chosen, joined=level == len(harder.LEVELS))
 
 
-def near_misses(query: str) -> Iterator[str]:
+def lookalikes(query: str) -> Iterator[str]:
     """Queries that ask for less, or for something else: one condition, the other comparison, another function."""
     for pattern in SIMPLER:
         yield re.sub(pattern, "", query)
@@ -79,7 +79,7 @@ def _tells(item: Item) -> bool:
     rows = _found(item.table, item.answer)
     if not all(rows) or not any(cell for found in rows for row in found for cell in row):
         return False
-    return all(near == item.answer or _found(item.table, near) != rows for near in near_misses(item.answer))
+    return all(near == item.answer or _found(item.table, near) != rows for near in lookalikes(item.answer))
 
 
 @lru_cache(10_000)

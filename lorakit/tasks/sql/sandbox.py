@@ -2,9 +2,10 @@
 
 A language model writes the query, so it may be anything. Four fences, from the outside in:
 
-1. the text: short, one statement, begins with SELECT, no WITH and few SELECTs (sqlite copies a named or nested query
-   for each use of it: a few lines of them multiply past any memory before the first step is counted);
-2. the rights: an authorizer that knows only SELECT, the columns of the given tables and a list of harmless functions;
+1. the text: short, one statement, few SELECTs, and a query that WITH names is used at most once (sqlite copies a named
+   query for each use of it: a few lines of them multiply past any memory before the first step is counted);
+2. the rights: an authorizer that knows only SELECT, the columns of the given tables and a list of harmless functions.
+   It sees what is read, too: a query that reads no table is a constant, and no answer to a question about tables;
 3. the work: a number of virtual machine steps (not seconds: the verdict is the same on every machine), and limits on
    the length of a value, so that no single step is long and the steps together cannot fill the memory;
 4. the answer: a number of rows and of bytes.
@@ -66,8 +67,12 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _authorize(tables: set[str], action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """What sqlite asks for each thing that a query would do: may it?"""
+def _authorize(
+    tables: set[str], read: set[str], action: int, first: str | None, second: str | None, *_: str | None
+) -> int:
+    """What sqlite asks for each thing that a query would do: may it? Tables that it reads are added to `read`."""
+    if action == sqlite3.SQLITE_READ:
+        read.add((first or "").lower())
     allowed = (
         action == sqlite3.SQLITE_SELECT
         or (action == sqlite3.SQLITE_READ and (first or "").lower() in tables)
@@ -76,8 +81,8 @@ def _authorize(tables: set[str], action: int, first: str | None, second: str | N
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
-def _open(database: Database, max_steps: int) -> sqlite3.Connection:
-    """A filled in-memory copy of `database`, with all fences up."""
+def _open(database: Database, max_steps: int, read: set[str]) -> sqlite3.Connection:
+    """A filled in-memory copy of `database`, with all fences up; what queries read of it is added to `read`."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     for table in database.tables:
         columns = ", ".join(f"{_quoted(name)} {kind}" for name, kind in table.columns)
@@ -89,7 +94,7 @@ def _open(database: Database, max_steps: int) -> sqlite3.Connection:
     for limit, value in LIMITS.items():
         connection.setlimit(limit, value)
     names = {table.name.lower() for table in database.tables}
-    connection.set_authorizer(partial(_authorize, names))
+    connection.set_authorizer(partial(_authorize, names, read))
     connection.set_progress_handler(lambda: 1, max_steps)  # called after max_steps steps; 1 means stop
     return connection
 
@@ -100,10 +105,30 @@ def _checked(query: object) -> str:
         raise QueryError(f"expected the query as str, got {type(query).__name__}")
     if len(query) > MAX_QUERY_BYTES:
         raise QueryError(f"expected at most {MAX_QUERY_BYTES} characters, got {len(query)}")
-    words = [token[1].upper() for token in TOKEN.finditer(query) if token[1]]
-    if words[:1] != ["SELECT"] or "WITH" in words or words.count("SELECT") > MAX_SELECTS:
-        raise QueryError(f"expected one query that begins with SELECT, no WITH, at most {MAX_SELECTS} SELECTs")
+    tokens = [token[0].upper() for token in TOKEN.finditer(query) if not token[0].startswith(("--", "/*"))]
+    start = _behind_with(tokens)
+    if tokens[start : start + 1] != ["SELECT"] or "WITH" in tokens[1:] or tokens.count("SELECT") > MAX_SELECTS:
+        raise QueryError(
+            f"expected one query that begins with SELECT, or WITH and names used once, of at most {MAX_SELECTS} SELECTs"
+        )
     return query.strip()
+
+
+def _behind_with(tokens: list[str]) -> int:
+    """Where the query behind `WITH name AS (...), ...` begins; 0 if that is not its form, or a name is used twice."""
+    if tokens[:1] != ["WITH"]:
+        return 0
+    names, i = [], 0
+    while i == 0 or tokens[i : i + 1] == [","]:
+        if not re.fullmatch(r"\w+", "".join(tokens[i + 1 : i + 2])) or tokens[i + 2 : i + 4] != ["AS", "("]:
+            return 0
+        names.append(tokens[i + 1])
+        i, depth = i + 4, 1
+        while depth and i < len(tokens):
+            depth += {"(": 1, ")": -1}.get(tokens[i], 0)
+            i += 1
+    plain = [token.strip("'\"`[]") for token, after in zip(tokens, [*tokens[1:], ""], strict=True) if after != "."]
+    return i if all(plain.count(name) <= 2 for name in names) else 0
 
 
 def run_query(
@@ -122,14 +147,17 @@ def run_query(
         The rows, in the order in which sqlite gives them.
 
     Raises:
-        QueryError: the query is malformed, not allowed, too costly, or its result too large.
+        QueryError: the query is malformed, not allowed, too costly, reads no table, or its result is too large.
     """
-    text = _checked(query)
-    with closing(_open(database, max_steps)) as connection:
+    text, read = _checked(query), set[str]()
+    with closing(_open(database, max_steps, read)) as connection:
         try:
             rows: list[tuple[Value, ...]] = []
             size = 0
-            for row in connection.execute(text):
+            found = connection.execute(text)
+            if not read:
+                raise QueryError("expected a query that reads a table, got a constant")
+            for row in found:
                 size += sum(len(str(cell).encode()) for cell in row)
                 if len(rows) == max_rows or size > max_bytes:
                     raise QueryError(f"expected at most {max_rows} rows and {max_bytes} bytes in the result")

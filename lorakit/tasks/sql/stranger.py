@@ -90,7 +90,7 @@ def write(folder: str | os.PathLike = FOLDER) -> None:
     Args:
         folder: where these lie.
     """
-    lines = [json.loads(line) for line in (_folder() / "stranger.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (_folder() / "stranger.jsonl").read_bytes().split(b"\n") if line.strip()]
     kinds = Counter((line["shape"], line["kind"]) for line in lines)
     files = {name: (_folder() / name).read_bytes() for name in ("stranger.jsonl", "tables.json")}
     files["databases.json"] = databases_json(stranger_databases()).encode()

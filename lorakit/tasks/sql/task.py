@@ -2,7 +2,8 @@
 
 `lorakit data FOLDER --version 2` writes the data files, the same bytes each time.
 
-Behind this module: `sandbox` runs a query that nobody has checked, `level_1` and `levels_2_to_4` hold tables, values
+Behind this module: `sandbox` runs a query that nobody has checked, `edges` has the databases on which those that are
+nearly right fail, `mistakes` writes such, `level_1` and `levels_2_to_4` hold tables, values
 and phrasings, `questions` and `harder_questions` combine them to questions and rows, `files` reads and writes. The
 second edition is `edition_2`, from `frames_train`, `frames_held_out` and `tables_2`, its rows from `rows`; `stranger`
 has what somebody else asked.
@@ -13,7 +14,8 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 from lorakit._suggest import near_names
@@ -21,8 +23,10 @@ from lorakit.tasks.sql import edition_2
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
 from lorakit.tasks.sql import questions as edition_1
+from lorakit.tasks.sql.edges import edge_databases
 from lorakit.tasks.sql.files import load_databases, read_items, write_files
 from lorakit.tasks.sql.harder_questions import harder_questions
+from lorakit.tasks.sql.mistakes import near_misses as _near_misses
 from lorakit.tasks.sql.questions import Item, questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Value, run_query
 from lorakit.tasks.sql.stranger import FOLDER, stranger_databases, stranger_items, stranger_tables
@@ -31,7 +35,7 @@ from lorakit.tasks.task import CHATML, Task, paired, shuffled
 SPLIT_SIZES = {"train": 400, "iid": 256, "values": 256, "phrasings": 256, "tables": 256}  # items
 SPLITS = tuple(SPLIT_SIZES)
 __all__ = ["SPLITS", "SPLIT_SIZES", "SQL", "Item", "execution_accuracy", "generate", "load_databases", "load_sql"]
-__all__ += ["populations", "same_rows", "sql_task", "write"]
+__all__ += ["near_misses", "populations", "same_rows", "sql_task", "write"]
 
 
 def generate(
@@ -87,10 +91,17 @@ def generate(
 
 
 def _same_cell(left: Value, right: Value) -> bool:
-    """Numbers may differ by rounding, and 2 equals 2.0."""
+    """Fractions may differ by rounding, whole numbers may not, and 2 equals 2.0."""
     if isinstance(left, int | float) and isinstance(right, int | float):
+        if _is_whole(left) and _is_whole(right):
+            return left == right
         return math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-9)
     return type(left) is type(right) and left == right
+
+
+def _is_whole(number: float) -> bool:
+    """Whether it is exact: an int, or a float that is whole and smaller than those that are whole by rounding."""
+    return isinstance(number, int) or (number.is_integer() and abs(number) < 2**53)
 
 
 def _same_row(left: Sequence[Value], right: Sequence[Value]) -> bool:
@@ -122,16 +133,19 @@ def same_rows(left: Sequence[Sequence[Value]], right: Sequence[Sequence[Value]],
 
 
 def _is_right(item: Item, answer: str, databases: Sequence[Database]) -> bool:
-    for database in databases:
+    ordered = "ORDER BY" in item.answer.upper()
+    for i, database in enumerate(chain(databases, edge_databases(item.answer, databases))):
         try:
             expected = run_query(database, item.answer)
         except QueryError as error:
             raise ValueError(f"expected a query that runs as the answer of {item}, got {error}") from error
+        if i >= len(databases) and any(cell is None for row in expected for cell in row):
+            continue  # the sum of no rows: there equal queries may differ
         try:
             rows = run_query(database, answer)
         except QueryError:
             return False
-        if not same_rows(expected, rows, ordered="ORDER BY" in item.answer.upper()):
+        if not same_rows(expected, rows, ordered):
             return False
     return True
 
@@ -162,8 +176,9 @@ def execution_accuracy(
 ) -> list[bool]:
     """Tells for each predicted query whether it finds the same rows as the item's own query, on all populations.
 
-    Rows are compared as multisets, and in order only where the item's query has ORDER BY. A prediction that fails or
-    is refused is wrong.
+    And on changed copies of them at the query's own edges, see `edges.edge_databases`: `>=` is wrong for `>`, whatever
+    rows there are. Rows are compared as multisets, and in order only where the item's query has ORDER BY. A prediction
+    that fails, is refused or reads no table is wrong.
 
     Args:
         items: the questions.
@@ -182,6 +197,18 @@ def execution_accuracy(
         if not known.get(item.table):
             raise ValueError(f"expected a table with databases, {near_names(item.table, known)}")
     return [_is_right(item, answer, known[item.table]) for item, answer in pairs]
+
+
+def near_misses(item: Item) -> list[str]:
+    """Queries that are nearly the item's own, none of which `execution_accuracy` takes for right; see `mistakes`.
+
+    Args:
+        item: of the task's own tables.
+
+    Raises:
+        ValueError: its table is unknown.
+    """
+    return _near_misses(item, populations(item.table))
 
 
 def load_sql(split: str, folder: str | os.PathLike | None = None, version: int = 1) -> list[Item]:
@@ -232,7 +259,9 @@ def write(folder: str | os.PathLike, version: int = 1) -> None:
 
     Raises:
         ValueError: there is no such edition.
+        OSError: the folder cannot be made, which is tried before the work.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     splits = {split: generate(split, version=version) for split in (edition_2.SPLITS if version == 2 else SPLITS)}
     tables = edition_2.tables_2.TABLES if version == 2 else words.TABLES
     write_files(folder, version, splits, {table: populations(table) for table in tables})
