@@ -107,7 +107,7 @@ def onednn_trial() -> tuple[float, float]:
     units (AMX) use the permission, and show it in the error; others compute in float32 all the same.
     """
     generator = torch.Generator().manual_seed(0)
-    x, W = (torch.randn(n, 576, generator=generator) for n in (384, 1536))
+    x, W = (torch.randn(n, 576, generator=generator, dtype=torch.float32) for n in (384, 1536))
     exact, errors, seconds = x.double() @ W.double().T, {}, {}
     for precision in ("highest", "medium"):
         with _matmul_precision(precision):

@@ -22,7 +22,7 @@ def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def _ends(rows: Tensor, scores: Any, *, start: int, stop: str, tokenizer: Any) -> Tensor:
     """Which rows, (batch, seq) -> (batch), hold the text `stop` near their end, and not before `start`."""
     last = rows[:, max(start, rows.shape[1] - len(stop.encode()) - 1) :]  # a token may be a single byte
-    return torch.tensor([stop in tokenizer.decode(row) for row in last.tolist()], device=rows.device)
+    return torch.tensor([stop in tokenizer.decode(row) for row in last.tolist()], dtype=torch.bool, device=rows.device)
 
 
 @contextmanager
@@ -99,8 +99,10 @@ def greedy(
             for batch in _in_batches([len(row) for row in ids], batch_size):
                 longest = len(ids[batch[0]])
                 pads = [longest - len(ids[i]) for i in batch]
-                tokens = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)])
-                mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+                tokens = torch.tensor(
+                    [[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)], dtype=torch.long
+                )
+                mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], dtype=torch.long)
                 inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
                 if stop is not None and len(stop_ids) > 1:
                     settings["stopping_criteria"] = [partial(_ends, start=longest, stop=stop, tokenizer=tokenizer)]
