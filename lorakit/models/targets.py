@@ -35,7 +35,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As torch's, without wrappers and their names: a module is called the same whether or not its model is compiled,
     sharded or copied to several devices."""
-    plain, held = {"": ""}, {}
+    plain: dict[str, str] = {"": ""}
+    held: dict[str, str | None] = {}
     for name, module in model.named_modules():
         parent, _, step = name.rpartition(".")
         if name:
