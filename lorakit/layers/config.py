@@ -162,7 +162,7 @@ def matches(expression: str, name: str) -> bool:
     """True if a regular expression is that of a layer's full name or of its last parts.
 
     Raises:
-        ValueError: it is none, or one such as `(a+)+!`, which takes longer with every letter than anybody waits.
+        ValueError: it is none, or one such as `(a|aa)*[!?]`, which takes longer with every letter than anybody waits.
     """
     try:
         return regex.fullmatch(_ending(_compiled(expression)), name, timeout=SECONDS) is not None
@@ -170,7 +170,7 @@ def matches(expression: str, name: str) -> bool:
         raise ValueError(
             f"expected an expression that is quick to match, got {_short(expression)} for {name!r}"
         ) from None
-    except regex.error as error:
+    except (regex.error, OverflowError, RecursionError) as error:
         raise ValueError(f"expected a regular expression, got {_short(expression)}: {error}") from None
 
 

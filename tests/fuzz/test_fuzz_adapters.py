@@ -18,7 +18,15 @@ from lorakit.merging.updates import read_updates
 from lorakit.models.peft_files import CONFIG, WEIGHTS
 
 MAX_SECONDS, MAX_MEGABYTES = 2, 500
-ENDLESS = ["(a+)+!", "(([a-z_]+)+)+!", r"(.*)*\1x", "(a|a)*b", "(" * 3000 + ")" * 3000, "a{99999999999999999999}"]
+ENDLESS = [
+    "(a+)+!",
+    "([a-z_]|[a-z_]+)*[!?]",
+    "(a|t|e|[a-z_]+)*[^a-z_]",
+    r"(.*)*\1x",
+    "(a|a)*b",
+    "(" * 3000 + ")" * 3000,
+    "a{99999999999999999999}",
+]
 PATTERNS = [
     *ENDLESS,
     "x|(y",
