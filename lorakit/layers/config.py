@@ -23,7 +23,7 @@ PLAIN = {
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
     *("runtime_config", "ensure_weight_tying"),
 }
-SECONDS = 0.5  # of the processor, for matching one name: others than those that never end take microseconds
+SECONDS = 0.02  # of the processor, for matching one name: others than those that never end take microseconds
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from lorakit.models.peft_files import CONFIG, WEIGHTS
 MAX_SECONDS, MAX_MEGABYTES = 2, 500
 ENDLESS = [
     "(a+)+!",
-    "([a-z_]|[a-z_]+)*[!?]",
-    "(a|t|e|[a-z_]+)*[^a-z_]",
+    "(?:.|..|...|....)+[!?]",
     r"(.*)*\1x",
-    "(a|a)*b",
+    "(a|t|te|en|n|.)*[!?]",
     "(" * 3000 + ")" * 3000,
     "a{99999999999999999999}",
 ]
