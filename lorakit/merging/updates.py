@@ -67,7 +67,7 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     found = _from_model(source) if isinstance(source, nn.Module) else _from_folder(Path(source))
     if not found:
         raise ValueError("expected adapters, got none")
-    return {name: Update(scale * _wide(B), _wide(A)) for name, (A, B, scale) in found.items()}
+    return {name: Update(scale * _wide(B, A), _wide(A, B)) for name, (A, B, scale) in found.items()}
 
 
 def attach(model: nn.Module, updates: Updates) -> nn.Module:
@@ -99,8 +99,10 @@ def attach(model: nn.Module, updates: Updates) -> nn.Module:
     return wrap(model, updates, make)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+def _wide(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if one of the two is."""
+    dtype = torch.promote_types(tensor.dtype, other.dtype)
+    return tensor.detach().to(torch.promote_types(dtype, torch.float32))
 
 
 def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -130,7 +132,7 @@ def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     config, found = as_config(file), {}
     for name, (a, b) in keys.items():
         found[name] = tensors[a], tensors[b], checked_scale(*config.at(name), scale_rule=config.scale_rule)
-    check_finite({f"{name}, times its scale": scale * _wide(B) for name, (_, B, scale) in found.items()})
+    check_finite({f"{name}, times its scale": scale * _wide(B, A) for name, (A, B, scale) in found.items()})
     return found
 
 

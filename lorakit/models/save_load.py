@@ -287,7 +287,7 @@ def _fill(layers: dict[str, Any], found: dict[str, dict[str, Tensor]]) -> None:
         for name, layer in layers.items():
             layer.load_peft(found[name])
             if any(tensor.dtype == torch.float64 for tensor in found[name].values()):
-                check_finite({f"{name}.{part}": tensor for part, tensor in layer.peft_tensors().items()})
+                check_finite({f"{name}.{part}": tensor.detach() for part, tensor in layer.peft_tensors().items()})
     except BaseException as error:
         with torch.no_grad():
             for parameter, value in before:

@@ -316,6 +316,13 @@ def test_numbers_that_the_parameters_cannot_hold_are_refused(saved):
     assert "finite" in refused(folder, AdapterError)
 
 
+def test_factors_of_two_dtypes_are_read_in_the_wider(saved):
+    folder, model = saved
+    edit_tensors(folder, lambda tensors: tensors.update({k: t.double() for k, t in tensors.items() if "lora_A" in k}))
+    update, layer = next(iter(read_updates(folder).values())), next(iter(adapters(model).values()))
+    torch.testing.assert_close(update.matrix, layer.delta_weight().detach().double())
+
+
 class Named(LoRALinear):
     """A layer of a reader's own."""
 
