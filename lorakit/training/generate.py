@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit._progress import Progress
+from lorakit.models.targets import unwrapped
 from lorakit.speed.accelerated import accelerated
 
 
@@ -31,7 +32,7 @@ def _plainly(model: Any) -> Iterator[Any]:
 
     What is not said at the call, `generate` takes from the model. So it gets a view that shares all but that config.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has no attributes of its own
+    model = unwrapped(model)  # torch.compile's has no attributes of its own
     if getattr(model, "generation_config", None) is None:
         yield model
         return
