@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.layers import shortcuts
 from lorakit.layers.bnb import dequantized, is_linear4bit
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes in which torch computes
 Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes it whenever it is needed
 
 
@@ -53,7 +55,7 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
     if not (type(base) is nn.Linear or is_conv1d(base)) or type(base.weight) is not nn.Parameter:
         return None
     W = base.weight.detach()
-    return (W.T if is_conv1d(base) else W) if W.dtype == x.dtype and W.is_floating_point() else None
+    return (W.T if is_conv1d(base) else W) if W.dtype == x.dtype and W.dtype in FLOATS else None
 
 
 def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
@@ -67,11 +69,38 @@ def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_
         return own(dtype)
     if is_linear4bit(base):
         return dequantized(base, dtype)
-    W = weight_of(base).detach()
-    if not W.is_floating_point():
-        raise ValueError(f"expected a weight that can be read, got {type(base).__name__} of {W.dtype}")
-    W = W.to(dtype)
+    if not has_float_weight(base):
+        raise ValueError(f"expected a weight that can be read, got {storage_of(base)}")
+    W = weight_of(base).detach().to(dtype)
     return W.T if is_conv1d(base) else W
+
+
+def has_float_weight(layer: nn.Module) -> bool:
+    """True if the layer's weight is there as plain numbers, not as codes such as int8's or float8's."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype in FLOATS
+
+
+def storage_of(layer: nn.Module) -> str:
+    """Class and weight's dtype in words, for errors."""
+    weight = getattr(layer, "weight", None)
+    return f"{type(layer).__name__} ({weight.dtype if isinstance(weight, Tensor) else 'without a weight tensor'})"
+
+
+def factors_like(base: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """What A and B over a layer should be: float32, or float64 over float64; where the layer is.
+
+    Raises:
+        ValueError: torch cannot compute with the layer's numbers, or nothing shows where it is.
+    """
+    like = next(chain(base.parameters(), base.buffers()), None)
+    if like is None:  # torch.ao's quantised layers, which pass no gradient on either
+        raise ValueError(f"expected a layer with parameters or buffers, got {storage_of(base)}")
+    if (type(base) is nn.Linear or is_conv1d(base)) and not has_float_weight(base):
+        raise ValueError(f"expected a weight of {', '.join(map(str, FLOATS))}, got {storage_of(base)}")
+    if any(map(nn.parameter.is_lazy, base.parameters())):
+        raise ValueError(f"expected a layer whose shape is known, got {type(base).__name__}: let it see an input first")
+    return torch.promote_types(like.dtype, torch.float32) if like.dtype in FLOATS else torch.float32, like.device
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -4,9 +4,10 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import regex
 from torch import nn
 
 from lorakit._suggest import near_names
@@ -22,6 +23,7 @@ PLAIN = {
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
     *("runtime_config", "ensure_weight_tying"),
 }
+SECONDS = 0.02  # of the processor, for matching one name: others than those that never end take microseconds
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,13 @@ class LoRAConfig:
             raise ValueError(f"expected plain LoRA (peft_type 'LORA'), got {getattr(method, 'value', method)!r}")
         for key, value in config.items():
             if key not in PLAIN and value not in (None, False, "none", [], {}):
-                raise ValueError(f"expected plain LoRA, got {key} = {value!r}")
+                raise ValueError(f"expected plain LoRA, got {key} = {_short(value)}")
         layer, settings = _method_from_peft(config)
         return cls(
             rank=_read("r", config, _integer),
             alpha=_read("lora_alpha", config, _number),
-            dropout=_read("lora_dropout", config, lambda value: _number(value or 0.0)),
-            scale_rule="rslora" if config.get("use_rslora") else "lora",
+            dropout=_read("lora_dropout", config, lambda value: _number(0.0 if value is None else value)),
+            scale_rule="rslora" if _read("use_rslora", config, _flag) else "lora",
             targets=_targets_from_peft(config),
             layer=layer,
             settings=settings,
@@ -152,7 +154,28 @@ class LoRAConfig:
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first pattern that the layer's name, or its last parts, match (PEFT's `get_pattern_key`)."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in (patterns or {}).items() if matches(key, name)), default)
+
+
+@lru_cache(maxsize=100_000)
+def matches(expression: str, name: str) -> bool:
+    """True if a regular expression is that of a layer's full name or of its last parts.
+
+    Raises:
+        ValueError: it is none, or one such as `(a|aa)*[!?]`, which takes longer with every letter than anybody waits.
+    """
+    try:
+        return regex.fullmatch(_ending(_compiled(expression)), name, timeout=SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"expected an expression that is quick to match, got {_short(expression)} for {name!r}"
+        ) from None
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"expected a regular expression, got {_short(expression)}: {error}") from None
+
+
+def _ending(expression: str) -> str:
+    return rf"(.*\.)?({expression})"
 
 
 def _method_to_peft(layer: Callable[..., nn.Module], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +194,7 @@ def _method_to_peft(layer: Callable[..., nn.Module], settings: Mapping[str, Any]
 
 
 def _method_from_peft(config: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    start, dora = config.get("init_lora_weights", True), config.get("use_dora", False)
+    start, dora = config.get("init_lora_weights", True), _read("use_dora", config, _flag)
     if start in (True, None):
         return (DoRALinear if dora else LoRALinear), {}
     quick = re.fullmatch(r"pissa_niter_(\d+)", str(start))
@@ -186,13 +209,9 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     """`find_targets`' way to say which layers a config adapts (PEFT's `check_target_module_exists`)."""
     targets = _read("target_modules", config, _names)
     if not targets:
-        raise ValueError(f"expected a valid target_modules, got {targets!r}")
+        raise ValueError(f"expected a valid target_modules, got {_short(targets)}")
     excluded = _read("exclude_modules", config, _names)
-    indices = _read(
-        "layers_to_transform", config, lambda value: [value] if isinstance(value, int) else list(value or [])
-    )
-    if not all(type(index) is int for index in indices):
-        raise ValueError(f"expected a valid layers_to_transform, got {indices!r}")
+    indices = _read("layers_to_transform", config, lambda value: _list(_integer, value))
     if isinstance(targets, str):
         if not excluded:
             inner = _between(r"(.*\.)?(", targets, ")")
@@ -205,7 +224,7 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     ahead = rf"(?!(?:{_expression(excluded)})\Z)" if excluded else ""
     chosen = _expression(targets)
     if indices:
-        lists = _read("layers_pattern", config, lambda value: [value] if isinstance(value, str) else list(value or []))
+        lists = _read("layers_pattern", config, lambda value: _list(_compiled, value))
         starts = "|".join(rf"(?:|.*?\.){each}\." for each in lists) or r".*?\.[^.]*\."
         at = rf"(?>(?:{starts})(?=\d+\.))(?:{'|'.join(map(str, indices))})\."  # the first number in a name counts
         whole = "|".join(map(re.escape, targets))  # a layer that is named in full is meant, whatever its number
@@ -226,17 +245,33 @@ def _number(value: Any) -> float:
 
 
 def _each(read: Callable[[Any], Any], patterns: Any) -> dict[str, Any]:
+    if not isinstance(patterns, Mapping | None):
+        raise TypeError(patterns)
     return {_compiled(key): read(value) for key, value in (patterns or {}).items()}
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | None):
+        raise TypeError(value)
+    return bool(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _list(read: Callable[[Any], Any], value: Any) -> list[Any]:
+    """What `read` makes of each of a list, of a single value, or of none."""
+    values = sorted(value) if isinstance(value, set | frozenset) else value
+    many = values if isinstance(values, list | tuple) else [] if values is None else [values]
+    return [read(each) for each in many]
 
 
 def _names(value: Any) -> str | list[str]:
     """A regular expression, or a list of names."""
-    if isinstance(value, str):
-        return _compiled(value)
-    names = sorted(value) if isinstance(value, set | frozenset) else list(value or [])
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(names)
-    return names
+    return _compiled(value) if isinstance(value, str) else _list(_text, value)
 
 
 def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
@@ -244,7 +279,7 @@ def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> An
     try:
         return read(value)
     except (TypeError, ValueError, AttributeError):
-        raise ValueError(f"expected a valid {key}, got {value!r}") from None
+        raise ValueError(f"expected a valid {key}, got {_short(value)}") from None
 
 
 def _expression(targets: str | list[str]) -> str:
@@ -255,10 +290,16 @@ def _expression(targets: str | list[str]) -> str:
 def _compiled(expression: str) -> str:
     """The expression itself, once it is seen to be one."""
     try:
-        re.compile(expression)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"expected a regular expression, got {expression!r}: {error}") from None
+        for form in (expression, _ending(expression)):  # a group must not end in the middle
+            re.compile(form)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"expected a regular expression, got {_short(expression)}: {error}") from None
     return expression
+
+
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) < 200 else f"{words[:200]} ..."
 
 
 def _between(start: str, text: str, end: str) -> str | None:

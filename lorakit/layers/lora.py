@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from itertools import chain
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -13,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.layers.adapter import own_parameters
-from lorakit.layers.bases import frozen_weight, is_conv1d, linear_shape, weight_of
+from lorakit.layers.bases import (
+    factors_like,
+    frozen_weight,
+    has_float_weight,
+    is_conv1d,
+    linear_shape,
+    storage_of,
+    weight_of,
+)
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.fused import lora_linear
 
@@ -32,19 +39,20 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
-    if not isinstance(dropout, Real) or not 0.0 <= dropout < 1.0:
+    if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
     if scale_rule not in SCALE_RULES if isinstance(scale_rule, str) else not callable(scale_rule):
         raise ValueError(
             f"expected scale_rule in {sorted(SCALE_RULES)} or a function (alpha, rank), got {scale_rule!r}"
         )
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
+        raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
     try:
-        if not isinstance(alpha, Real) or not math.isfinite(alpha):
-            raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
         scale = float((SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank))
-    except OverflowError as error:
-        raise ValueError(f"expected an alpha and a rank that a float can hold, got {error}") from None
-    if not math.isfinite(scale):
+        finite = math.isfinite(alpha) and math.isfinite(scale)
+    except OverflowError:  # integers that no float holds
+        scale, finite = math.inf, False
+    if not finite:
         raise ValueError(f"expected a finite scale, got {scale} from alpha {alpha!r}")
     return scale
 
@@ -63,7 +71,8 @@ class LoRALinear(nn.Module):
         scale_rule: `"lora"` for s = alpha / r, `"rslora"` for s = alpha / sqrt(r), or a function (alpha, rank) -> s.
 
     Raises:
-        ValueError: rank, alpha, dropout or scale_rule out of range, or a base that is not linear-like.
+        ValueError: rank, alpha, dropout or scale_rule out of range, or a base that is not linear-like, or whose
+            weight torch does not compute with.
     """
 
     peft_type: ClassVar = "LORA"  # what PEFT takes its files for; a class that does not say has its own name there
@@ -78,11 +87,10 @@ class LoRALinear(nn.Module):
         d_out, d_in = linear_shape(base)
         if is_linear4bit(base):
             keep_order(base)
+        dtype, device = factors_like(base)
         self.base = base.requires_grad_(False)
-        like = next(chain(base.parameters(), base.buffers()))
-        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
-        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
-        self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=like.device))
+        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.training = self.dropout.training = base.training
@@ -109,9 +117,9 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: the base's weight is quantised; dequantise it first.
         """
-        if not self.weight.is_floating_point():
+        if not has_float_weight(self.base):
             raise ValueError(
-                f"expected a floating-point base, got {type(self.base).__name__} ({self.weight.dtype}): "
+                f"expected a floating-point base, got {storage_of(self.base)}: "
                 "lorakit.models.quantize.dequantize_model first"
             )
         delta = self.delta_weight().T if is_conv1d(self.base) else self.delta_weight()  # as the base stores its weight

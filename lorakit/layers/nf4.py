@@ -40,7 +40,7 @@ def byte_codebook() -> Float32[Tensor, "256"]:
 
     Source: Dettmers 2015, 8-Bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         middle = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
@@ -82,7 +82,7 @@ def quantize(
         raise ValueError(f"expected an even block size, got {block_size}")
     if not 2 <= len(codebook) <= 16:
         raise ValueError(f"expected a codebook of 2 to 16 numbers, got {len(codebook)}")
-    ascending, order = torch.tensor(codebook, device=x.device).sort(stable=True)
+    ascending, order = torch.tensor(codebook, dtype=torch.float32, device=x.device).sort(stable=True)
     middles = ((ascending[1:] + ascending[:-1]) / 2).tolist()
     in_order, order = bool((order.diff() > 0).all()), order.to(torch.uint8)
     parts = []
@@ -166,9 +166,9 @@ def _chunk(block_size: int, parts: int = 1) -> int:
 @cache
 def _pairs(codebook: tuple[float, ...], device: torch.device) -> Tensor:
     """The two float32 values of every byte as one element of eight bytes, (256)."""
-    values = torch.zeros(16, device=device)
-    values[: len(codebook)] = torch.tensor(codebook)
-    byte = torch.arange(256, device=device)
+    values = torch.zeros(16, dtype=torch.float32, device=device)
+    values[: len(codebook)] = torch.tensor(codebook, dtype=torch.float32)
+    byte = torch.arange(256, dtype=torch.long, device=device)
     return torch.stack([values[byte >> 4], values[byte & 15]], 1).view(torch.int64).view(-1)
 
 

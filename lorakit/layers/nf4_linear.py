@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from lorakit.layers.bases import is_conv1d, weight_of
+from lorakit.layers.bases import has_float_weight, is_conv1d, storage_of, weight_of
 from lorakit.layers.fused import frozen_linear
 from lorakit.layers.nf4 import (
     BLOCK_SIZE,
@@ -50,8 +50,8 @@ class NF4Linear(nn.Module):
         codebook: tuple[float, ...] = NF4,
     ):
         super().__init__()
-        if not (type(linear) is nn.Linear or is_conv1d(linear)) or not linear.weight.is_floating_point():
-            raise ValueError(f"expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
+        if not (type(linear) is nn.Linear or is_conv1d(linear)) or not has_float_weight(linear):
+            raise ValueError(f"expected an nn.Linear or a Conv1D, got {storage_of(linear)}")
         W = weight_of(linear).detach()
         W = W.T if is_conv1d(linear) else W
         self.out_features, self.in_features = W.shape

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.layers.bases import dense_weight, is_conv1d, weight_of
+from lorakit.layers.bases import dense_weight, has_float_weight, is_conv1d, weight_of
 from lorakit.layers.bnb import is_linear4bit
 from lorakit.layers.lora import LoRALinear, ScaleRule
 from lorakit.layers.lowrank import truncated_svd
@@ -78,7 +78,7 @@ class PiSSALinear(LoRALinear):
         start: Callable[..., Factors] = pissa_start,
     ):
         super().__init__(base, rank, alpha, dropout, scale_rule)
-        if hasattr(base, "frozen_weight") or is_linear4bit(base) or not self.weight.is_floating_point():
+        if hasattr(base, "frozen_weight") or is_linear4bit(base) or not has_float_weight(base):
             raise ValueError(f"expected a floating-point base, got {type(base).__name__}: inject first, then quantise")
         if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
             raise ValueError(f"expected rank <= min(d_out, d_in) and scale > 0, got {rank} and {self.scale:g}")
@@ -102,7 +102,7 @@ class PiSSALinear(LoRALinear):
         Raises:
             ValueError: the residual has been quantised, so that W is lost.
         """
-        if not self.weight.is_floating_point() or is_linear4bit(self.base):
+        if not has_float_weight(self.base) or is_linear4bit(self.base):
             raise ValueError(
                 f"expected a floating-point residual, got {type(self.base).__name__}: W cannot be had back"
             )

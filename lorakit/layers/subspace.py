@@ -38,7 +38,7 @@ class RandomSubspace(nn.Module):
         like, generator = next(iter(params.values())), torch.Generator().manual_seed(seed)
         buckets = (torch.randperm(size, generator=generator) % dimension).int()  # (D): which coordinate each follows
         signs = torch.randint(2, (size,), generator=generator, dtype=torch.int8) * 2 - 1  # (D)
-        counts = size // dimension + (torch.arange(dimension) < size % dimension)  # (d)
+        counts = size // dimension + (torch.arange(dimension, dtype=torch.long) < size % dimension)  # (d)
         self.model, self.config, self.names = model, getattr(model, "config", None), list(params)
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.z = nn.Parameter(torch.zeros(dimension, dtype=dtype, device=like.device))

@@ -98,7 +98,10 @@ def dare(
     random = torch.Generator().manual_seed(seed)
 
     def drop(changes: list[Tensor]) -> Tensor:
-        kept = [torch.rand(change.shape, generator=random).to(change.device) < density for change in changes]
+        kept = [
+            torch.rand(change.shape, generator=random, dtype=torch.float32).to(change.device) < density
+            for change in changes
+        ]
         return reduce(torch.add, [change * keep / density for change, keep in zip(changes, kept, strict=True)])
 
     return _dense(updates, weights, density, rank, drop)

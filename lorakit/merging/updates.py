@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 
 from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
+from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear, checked_scale
 from lorakit.models.inject import adapters, check_plain, wrap
-from lorakit.models.peft_files import AdapterError, as_config, read_adapter
-from lorakit.models.save_load import FACTORS, PREFIX
+from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter
+from lorakit.models.save_load import FACTORS, PREFIX, without_wrappers
+from lorakit.models.targets import is_target, named_modules
+
+# what a layer may have in a file: its factors, and the base's own tensors, as PEFT writes those of an output head
+EACH = "|".join(map(re.escape, (*FACTORS, "base_layer.weight", "base_layer.bias")))
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,13 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterError: the files are damaged, or hold something else than LoRA.
+        AdapterError: the files are damaged, or hold something else than LoRA, or what overflows with its scale.
         ValueError: there are no adapters, or of another kind, such as DoRA's, whose change depends on the weight.
     """
     found = _from_model(source) if isinstance(source, nn.Module) else _from_folder(Path(source))
     if not found:
         raise ValueError("expected adapters, got none")
-    return {name: Update(scale * _wide(B), _wide(A)) for name, (A, B, scale) in found.items()}
+    return {name: Update(scale * _wide(B, A), _wide(A, B)) for name, (A, B, scale) in found.items()}
 
 
 def attach(model: nn.Module, updates: Updates) -> nn.Module:
@@ -74,10 +80,11 @@ def attach(model: nn.Module, updates: Updates) -> nn.Module:
         ValueError: the model carries adapters, lacks a layer, or has it in another shape. The model is then as it was.
     """
     check_plain(model)
+    modules = dict(named_modules(model))
     for name, update in updates.items():
         try:
-            shape = linear_shape(model.get_submodule(name))
-        except (AttributeError, ValueError):
+            shape = linear_shape(modules[name])
+        except (KeyError, ValueError):
             raise ValueError(f"expected linear layers of the model, got {name!r}") from None
         if shape != update.shape:
             raise ValueError(f"expected an update of shape {shape} for layer {name!r}, got {update.shape}")
@@ -92,8 +99,10 @@ def attach(model: nn.Module, updates: Updates) -> nn.Module:
     return wrap(model, updates, make)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+def _wide(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if one of the two is."""
+    dtype = torch.promote_types(tensor.dtype, other.dtype)
+    return tensor.detach().to(torch.promote_types(dtype, torch.float32))
 
 
 def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -112,18 +121,37 @@ def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
 
 
 def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    tensors, file = read_adapter(folder)
-    if file.get("use_dora"):
-        raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
+    keys: dict[str, tuple[str, str]] = {}
+
+    def check(header: dict[str, Tensor], file: dict[str, Any]) -> None:
+        if file.get("use_dora"):
+            raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
+        keys.update(_pairs(header, as_config(file)))
+
+    tensors, file = read_adapter(folder, check=check)
     config, found = as_config(file), {}
-    for key, A in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        other = key.replace("lora_A", "lora_B") if match and match[2] == "A" else key.replace("lora_B", "lora_A")
-        if match is None or other not in tensors or A.ndim != 2:
-            raise AdapterError(f"expected lora_A and lora_B of linear layers, got {key!r}")
-        if match[2] == "A":
-            rank, alpha = config.at(match[1])
-            if (B := tensors[other]).ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
-                raise AdapterError(f"expected factors of rank {rank} for layer {match[1]!r}")
-            found[match[1]] = (A, B, checked_scale(rank, alpha, scale_rule=config.scale_rule))
+    for name, (a, b) in keys.items():
+        found[name] = tensors[a], tensors[b], checked_scale(*config.at(name), scale_rule=config.scale_rule)
+    check_finite({f"{name}, times its scale": scale * _wide(B, A) for name, (A, B, scale) in found.items()})
     return found
+
+
+def _pairs(header: dict[str, Tensor], config: LoRAConfig) -> dict[str, tuple[str, str]]:
+    """The names of each layer's A and B in the file, once names, shapes and targets are seen to agree."""
+    found: dict[str, dict[str, str]] = {}
+    for key in header:
+        match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({EACH})", without_wrappers(key), re.DOTALL)
+        if match is None or match[2] in found.setdefault(match[1], {}):
+            raise AdapterError(f"expected lora_A and lora_B of linear layers, got {key!r}")
+        found[match[1]][match[2]] = key
+    for name, parts in found.items():
+        if not set(FACTORS) <= parts.keys():
+            raise AdapterError(
+                f"expected lora_A and lora_B of layer {name!r}, got {', '.join(map(repr, parts.values()))}"
+            )
+        if not is_target(name, config.targets):
+            raise AdapterError(f"expected layers that target_modules names, got {name!r}")
+        rank, (A, B) = config.at(name)[0], (header[parts[part]].shape for part in FACTORS)
+        if len(A) != 2 or len(B) != 2 or A[0] != rank or B[1] != rank or not A[1] * B[0]:
+            raise AdapterError(f"expected factors of rank {rank} for layer {name!r}, got {tuple(A)} and {tuple(B)}")
+    return {name: (parts[FACTORS[0]], parts[FACTORS[1]]) for name, parts in found.items()}

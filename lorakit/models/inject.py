@@ -1,7 +1,8 @@
 """Put adapters into any model, count what trains, and take them out again: merged or removed."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
-from lorakit.models.targets import find_targets
+from lorakit.models.targets import find_targets, named_modules
 
 FIELDS = ("dropout", "scale_rule", "rank_pattern", "alpha_pattern")  # of a LoRAConfig, by their names in `inject`
 
@@ -43,7 +44,7 @@ def is_adapter(module: nn.Module) -> bool:
 
 def adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters in a model by the name of the layer each one wraps, in the model's order."""
-    return {name: module for name, module in model.named_modules() if is_adapter(module)}
+    return {name: module for name, module in named_modules(model) if is_adapter(module)}
 
 
 def shared_weights(model: nn.Module) -> set[int]:
@@ -67,9 +68,15 @@ def replace(model: nn.Module, modules: dict[nn.Module, nn.Module]) -> None:
 
 
 def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Every place at which a model holds one of `modules`, as (parent, name in it, module)."""
+    """Every place at which a model holds one of `modules`, as (parent, name in it, module).
+
+    Raises:
+        ValueError: one is what `torch.compile` was called with, which cannot be replaced under it.
+    """
     found = []
     for parent in model.modules():
+        if type(parent).__name__ == "OptimizedModule" and any(child in modules for child in parent.children()):
+            raise ValueError("expected a layer inside of what is compiled, got one compiled alone: its code would stay")
         held = [(child, module) for child, module in parent._modules.items() if module is not None]
         found += [(parent, child, module) for child, module in held if module in modules]
     return found
@@ -82,20 +89,28 @@ def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module]
     registered under several names gets one adapter, seen under all of them.
     """
     check_plain(model)
-    grads = {p: p.requires_grad for p in model.parameters()}
-    made: dict[nn.Module, nn.Module] = {}
-    try:
+    modules, made = dict(named_modules(model)), dict[nn.Module, nn.Module]()
+    with grads_kept(model):
         for name in names:
-            base = model.get_submodule(name)
-            if base not in made:
-                made[base] = make(name, base)
+            if modules[name] not in made:
+                made[modules[name]] = make(name, modules[name])
+        held = places(model, made)
+    model.requires_grad_(False)
+    for parent, child, module in held:
+        setattr(parent, child, made[module])
+    return model
+
+
+@contextmanager
+def grads_kept(model: nn.Module) -> Iterator[None]:
+    """If what is inside fails, each parameter requires a gradient as it did before."""
+    grads = {p: p.requires_grad for p in model.parameters()}
+    try:
+        yield
     except BaseException:
         for parameter, grad in grads.items():
             parameter.requires_grad_(grad)
         raise
-    model.requires_grad_(False)
-    replace(model, made)
-    return model
 
 
 def inject(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.layers.bases import is_conv1d
+from lorakit.layers.bases import has_float_weight, is_conv1d, storage_of
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.inject import adapters, places, shared_weights
 
@@ -56,10 +56,9 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
     found = _adapted(model)
     shared = shared_weights(model)
     for name, layer in found.items():
-        weight = getattr(layer.base, "weight", None)
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(f"expected an adapter on a floating-point weight, got {type(layer).__name__} at {name}")
-        if id(weight) in shared:
+        if not has_float_weight(layer.base):
+            raise ValueError(f"expected an adapter on a floating-point weight, got {storage_of(layer.base)} at {name}")
+        if id(layer.base.weight) in shared:
             raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
     layers = list(dict.fromkeys(found.values()))
     plain = {layer: layer.base if _can_be_undone(layer) else layer.merged() for layer in layers}

@@ -5,7 +5,9 @@ Names and defaults follow PEFT 0.21 (`peft.LoraConfig`, `peft.utils.save_and_loa
 
 import json
 import math
-from collections.abc import Callable, Container, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ SETTINGS, REPLACED = "lorakit_config", "lorakit_replaced_xxh3"
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that keep the base's weights
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_SETTINGS = 1 << 24  # bytes; PEFT's files have a few thousand
+Check = Callable[[dict[str, Tensor], dict[str, Any]], object]
 
 
 class AdapterError(ValueError):
@@ -38,7 +43,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
 
     A reader, and whoever comes after a kill, finds the adapter that was there or the new one, never half of each.
     """
-    _check_finite(tensors)
+    check_finite(tensors)
     metadata = {"format": "pt", CHECKSUM: _digest(tensors, config)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,31 +56,52 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
         )
 
 
-def read_adapter(folder: Path, kinds: Container[str] | None = ("LORA",)) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads both files and verifies what can be verified without a model.
+def read_adapter(
+    folder: Path, kinds: Container[str] | None = ("LORA",), check: Check = lambda header, config: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads both files: the settings first, then the names and shapes, and the tensors only if all of that is right.
 
     Args:
         folder: holds both files.
         kinds: the methods that are welcome, as `peft_type` names them; None for any.
+        check: called before a tensor is read, with what the file says of them (tensors with shapes and dtypes, on the
+            device "meta") and the settings; it raises what is wrong.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         AdapterError: a file is damaged, or the configuration is of another method or has settings out of range.
     """
-    tensors, config, checksum = _read_both(folder)
+    text = _read_bytes(folder / CONFIG)
+    while True:
+        with _opened(folder / WEIGHTS) as file:
+            again = _read_bytes(folder / CONFIG)
+            if again == text:  # else somebody has saved another adapter over it meanwhile
+                metadata = file.metadata() or {}
+                if metadata.get(REPLACED) == xxh3_128(text).hexdigest():
+                    text = metadata.get(SETTINGS, "").encode()
+                config = _parse(text, folder / CONFIG)
+                _check_settings(config, kinds)
+                header = {key: _described(key, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+                check(header, config)
+                tensors = {key: file.get_tensor(key) for key in header}
+                break
+        text = again
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _digest(tensors, config):
+        raise AdapterError(f"expected the files as they were saved, got another checksum: {folder} was altered")
+    check_finite(tensors)
+    return tensors, config
+
+
+def _check_settings(config: dict[str, Any], kinds: Container[str] | None) -> None:
     if not isinstance(config.get("peft_type"), str) or (kinds is not None and config["peft_type"] not in kinds):
         raise AdapterError(
             f"expected plain LoRA (peft_type 'LORA'), got {config.get('peft_type')!r}; for a layer of your own, give "
             "load_adapter its class: layer=..."
         )
     start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS:
+    if start not in PLAIN_STARTS or not isinstance(start, bool | str | None):
         raise AdapterError(f"expected a start that keeps the base's weights, got init_lora_weights = {start!r}")
     as_config(config)
-    if checksum is not None and checksum != _digest(tensors, config):
-        raise AdapterError(f"expected the files as they were saved, got another checksum: {folder} was altered")
-    _check_finite(tensors)
-    return tensors, config
 
 
 def as_config(file: Mapping[str, Any], layer: Callable[..., nn.Module] | None = None) -> LoRAConfig:
@@ -99,29 +125,17 @@ def as_config(file: Mapping[str, Any], layer: Callable[..., nn.Module] | None = 
         raise AdapterError(str(error)) from None
 
 
-def _read_both(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
-    """Tensors, settings and checksum of one adapter, though somebody may save another over it meanwhile."""
-    text = _read_bytes(folder / CONFIG)
-    while True:
-        tensors, metadata = _read_tensors(folder / WEIGHTS)
-        again = _read_bytes(folder / CONFIG)
-        if again == text:
-            break
-        text = again
-    if metadata.get(REPLACED) == xxh3_128(text).hexdigest():
-        text = metadata.get(SETTINGS, "").encode()
-    return tensors, _parse(text, folder / CONFIG), metadata.get(CHECKSUM)
-
-
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"expected an adapter's {CONFIG}, got none at {path}")
+    if path.stat().st_size > MAX_SETTINGS:
+        raise AdapterError(f"expected JSON in {path}, got a file of {path.stat().st_size:,} bytes")
     return path.read_bytes()
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(text.decode())
+        config = json.loads(text.decode(), object_pairs_hook=_each_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"expected JSON in {path}, got a damaged file: {error}") from None
     if not isinstance(config, dict):
@@ -129,19 +143,48 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key!r} is there {times} times")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file of tensors, of which only the header has been read."""
     if not path.is_file():
         pickled = path.with_suffix(".bin").exists()
         hint = "; adapter_model.bin is a pickle, which could run code: save it again as safetensors" if pickled else ""
         raise FileNotFoundError(f"expected an adapter's {WEIGHTS}, got none at {path}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
-        raise AdapterError(f"expected a safetensors file, got a damaged one at {path}: {error}") from None
+        words = " ".join(str(error).split())[:300]
+        raise AdapterError(f"expected a safetensors file, got a damaged one at {path}: {words}") from None
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
+def _described(key: str, part: Any) -> Tensor:
+    """A tensor with the shape and dtype of one that has not been read."""
+    if (stored := part.get_dtype()) not in STORED:
+        raise AdapterError(f"expected tensors of {', '.join(STORED)}, got {stored} for {key!r}")
+    try:
+        return torch.empty(part.get_shape(), dtype=STORED[stored], device="meta")
+    except (RuntimeError, OverflowError, TypeError):
+        raise AdapterError(f"expected a shape that torch has, got {part.get_shape()} for {key!r}") from None
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        AdapterError: there is one.
+    """
     for key, tensor in tensors.items():
         fast = tensor.numel() and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
         finite = all(map(math.isfinite, tensor.aminmax())) if fast else tensor.isfinite().all()  # NaN is both

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.layers.bases import dense_weight, is_conv1d
+from lorakit.layers.bases import dense_weight, has_float_weight, is_conv1d, storage_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.models.inject import adapters, check_plain, replace, shared_weights
-from lorakit.models.targets import find_targets
+from lorakit.models.targets import find_targets, named_modules
 
 
 def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings) -> nn.Module:
@@ -38,11 +38,12 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         layers = {name: layer.base for name, layer in wrapped.items()}
     else:
         check_plain(model)
-        layers = {name: model.get_submodule(name) for name in find_targets(model, targets)}
+        modules = dict(named_modules(model))
+        layers = {name: modules[name] for name in find_targets(model, targets)}
     layers = {name: each for name, each in layers.items() if not (isinstance(each, NF4Linear) or is_linear4bit(each))}
     for name, each in layers.items():
-        if not (type(each) is nn.Linear or is_conv1d(each)) or not each.weight.is_floating_point():
-            raise ValueError(f"expected nn.Linear or Conv1D layers, got {type(each).__name__} at {name}")
+        if not (type(each) is nn.Linear or is_conv1d(each)) or not has_float_weight(each):
+            raise ValueError(f"expected nn.Linear or Conv1D layers, got {storage_of(each)} at {name}")
         if id(each.weight) in shared:
             raise ValueError(
                 f"expected weights of their own, but that of {name} is shared: leave it out of the targets"
@@ -50,7 +51,9 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         if not each.weight.isfinite().all():
             raise ValueError(f"expected finite weights, got NaN or infinity in {name}")
     if layers:
-        NF4Linear(nn.Linear(2, 2), **settings)  # settings out of range are refused before anything is replaced
+        NF4Linear(
+            nn.Linear(2, 2, dtype=torch.float32), **settings
+        )  # settings out of range are refused before anything is replaced
     for each in layers.values():
         replace(model, {each: NF4Linear(each, **settings)})
     return model

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.adapter import Adapter, own_parameters
-from lorakit.layers.bases import is_conv1d, linear_shape
+from lorakit.layers.bases import has_float_weight, is_conv1d, linear_shape
 from lorakit.layers.config import PLAIN, LoRAConfig
 from lorakit.layers.lora import SCALE_RULES, checked_scale
-from lorakit.models.inject import adapters, wrap
-from lorakit.models.peft_files import AdapterError, as_config, read_adapter, write_adapter
-from lorakit.models.targets import is_target, linear_layers
+from lorakit.models.inject import adapters, grads_kept, is_adapter, wrap
+from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter, write_adapter
+from lorakit.models.targets import WRAPPERS, is_target, linear_layers, named_modules, unwrapped
 
 PREFIX = "base_model.model."  # PEFT's wrapper and the model inside it
 BY_LAYER = ("r", "lora_alpha", "use_rslora", "lora_dropout")  # settings that may differ between a file's layers
 FACTORS = ("lora_A.weight", "lora_B.weight")
+STEPS = set(WRAPPERS.values()) - {"module"}  # of names in files that were saved from inside a wrapper
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
@@ -29,17 +30,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
 
     Args:
         model: with adapters that say what a file needs, as lorakit's do (`lorakit.layers.adapter`); ranks and scales
-            may differ between them. A scale rule of the reader's own is written as the alpha that gives the same scale;
-            PiSSA as plain LoRA of twice the rank, which fits the base as it was before; a layer of the reader's own
-            under its name, which PEFT refuses.
+            may differ between them. It may be compiled or distributed: the file has the model's own names. A scale
+            rule of the reader's own is written as the alpha that gives the same scale; PiSSA as plain LoRA of twice the
+            rank, which fits the base as it was before; a layer of the reader's own under its name, which PEFT refuses.
         folder: made if missing; other files in it are kept.
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: no adapters, some that do not say it, or of several kinds; values that are not finite; or further
-            trainable parameters, which the files could not hold.
+        ValueError: no adapters, some that do not say it, or of several kinds; values that are not finite; further
+            trainable parameters, which the files could not hold; or a process's share of an adapter in place of all.
     """
     layers = adapters(model)
     if not layers:
@@ -51,8 +52,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ValueError(f"expected only adapters to be trainable, got also {', '.join(lost[:4])}: they would be lost")
     tensors = {}
     for name, layer in layers.items():
+        wanted = _factor_shapes(layer.peft_settings()["r"], layer.base)
         for part, tensor in layer.peft_tensors().items():
-            tensors[f"{PREFIX}{name}.{part}"] = tensor.detach().cpu().contiguous()
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's, of all processes
+            _check_shape(whole, wanted.get(part, tuple(whole.shape)), part, name)
+            tensors[f"{PREFIX}{name}.{part}"] = whole.detach().cpu().contiguous()
     write_adapter(Path(folder), tensors, config)
     return Path(folder)
 
@@ -80,23 +84,38 @@ def load_adapter(
     """
     present = adapters(model)
     kinds = {"LORA", *(_settings(each, name)["peft_type"] for name, each in present.items())}
-    tensors, file = read_adapter(Path(folder), kinds if layer is None else None)
-    config = as_config(file, layer)
     bases = {name: each.base for name, each in present.items()} if present else linear_layers(model)
-    found = _by_layer(tensors, file, config, bases)
-    if present:
-        for name, each in present.items():
-            _check(each, name, found[name], file, config)
-        _fill(present, found)
-        return model
+    frozen = _base_tensors(model, bases)
+    layers: dict[str, Any] = dict(present)
+    keys: dict[str, dict[str, str]] = {}  # layer -> what follows its name in the file -> the whole name there
 
-    def make(name: str, base: nn.Module) -> nn.Module:
-        adapter = config.make(name, base)
-        _check(adapter, name, found[name], file, config)
-        _fill({name: adapter}, found)
-        return adapter
+    def check(header: dict[str, Tensor], file: dict[str, Any]) -> None:
+        config = as_config(file, layer)
+        keys.update(_by_layer(header, file, config, bases, frozen))
+        if left := sorted(present.keys() - keys.keys()):
+            raise AdapterError(f"expected a file for all adapters of the model, got none for {left[0]!r}")
+        for name, parts in keys.items():
+            if not present:
+                layers[name] = _made(config, name, bases[name])
+            _check(layers[name], name, {part: header[key] for part, key in parts.items()}, file, config)
 
-    return wrap(model, found, make)
+    with grads_kept(model):
+        tensors, _ = read_adapter(Path(folder), kinds if layer is None else None, check)
+        for key in tensors.keys() & frozen.keys():
+            _check_base(key, tensors[key], frozen[key])
+        _fill(layers, {name: {part: tensors[key] for part, key in parts.items()} for name, parts in keys.items()})
+        return model if present else wrap(model, layers, lambda name, _: layers[name])
+
+
+def _made(config: LoRAConfig, name: str, base: nn.Module) -> nn.Module:
+    try:
+        return config.make(name, base)
+    except ValueError:
+        raise
+    except (TypeError, RuntimeError, OverflowError, MemoryError) as error:  # of a reader's own class
+        raise AdapterError(
+            f"expected settings for a layer such as {name!r}, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _settings(layer: Any, name: str) -> dict[str, Any]:
@@ -121,10 +140,11 @@ def _config(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     last = {name.rsplit(".", 1)[-1] for name in layers}
-    others = any(name.rsplit(".", 1)[-1] in last and name not in layers for name, _ in model.named_modules())
+    others = any(name.rsplit(".", 1)[-1] in last and name not in layers for name, _ in named_modules(model))
+    whole = unwrapped(model)
     return common[0] | {
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "task_type": "CAUSAL_LM" if type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        "base_model_name_or_path": getattr(whole, "name_or_path", None) or None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(each["lora_dropout"] for each in settings.values()),
@@ -144,46 +164,93 @@ def _scale(settings: Mapping[str, Any]) -> float:
 
 
 def _by_layer(
-    tensors: dict[str, Tensor], file: dict[str, Any], config: LoRAConfig, bases: dict[str, nn.Module]
-) -> dict[str, dict[str, Tensor]]:
-    """What the file has for each layer, once names and the factors' shapes are seen to fit the model."""
+    header: dict[str, Tensor],
+    file: dict[str, Any],
+    config: LoRAConfig,
+    bases: dict[str, nn.Module],
+    frozen: dict[str, Tensor],
+) -> dict[str, dict[str, str]]:
+    """Which of the file's names belong to each layer, once they and the factors' shapes are seen to fit the model."""
     parts = []  # of a layer of the reader's own: what it wants to have
     if file["peft_type"] == "LORA":
         parts = [*FACTORS, *(["lora_magnitude_vector"] if file.get("use_dora") else [])]
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    found: dict[str, dict[str, str]] = {}
+    for key, tensor in header.items():
+        if key in frozen:
+            _check_shape(tensor, tuple(frozen[key].shape), "the base's own tensor", key)
+            continue
         name, part = _split(key, parts, bases)
-        found.setdefault(name, {})[part] = tensor
+        if part in found.setdefault(name, {}):
+            raise AdapterError(f"expected {part} of layer {name!r} once, got it as {found[name][part]!r} and {key!r}")
+        found[name][part] = key
     foreign = [name for name in found if name not in bases]
     if foreign:
         raise AdapterError(
             f"expected layers of this model, got {foreign[0]!r} ({len(foreign)} unknown): another model's file?"
         )
-    expected = {name for name in bases if is_target(name, config.targets)}
+    try:
+        expected = {name for name in bases if is_target(name, config.targets)}
+        ranks = {name: config.at(name)[0] for name in found}
+    except ValueError as error:  # an expression that nobody can wait for
+        raise AdapterError(str(error)) from None
     odd = sorted(expected ^ set(found)) or sorted(name for name, got in found.items() if not got.keys() >= set(parts))
     if odd:
         what = " and ".join(parts) or "tensors"
         raise AdapterError(f"expected {what} of every layer that target_modules names, not so: {odd[0]!r}")
     for name, got in found.items():
-        rank, (d_out, d_in) = config.at(name)[0], linear_shape(bases[name])
-        for part, shape in zip(FACTORS, ((rank, d_in), (d_out, rank)), strict=True):
-            _check_shape(got.get(part), shape, part, name)
+        for part, shape in _factor_shapes(ranks[name], bases[name]).items():
+            if part in got:
+                _check_shape(header[got[part]], shape, part, name)
     return {name: found[name] for name in bases if name in found}
+
+
+def _factor_shapes(rank: int, base: nn.Module) -> dict[str, tuple[int, ...]]:
+    d_out, d_in = linear_shape(base)
+    return dict(zip((*FACTORS, "lora_magnitude_vector"), ((rank, d_in), (d_out, rank), (d_out,)), strict=True))
+
+
+def _base_tensors(model: nn.Module, bases: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Tensors of the base that PEFT writes beside the factors, by their names in the file.
+
+    It does so where the output head or the input embedding is adapted or is asked for (`save_embedding_layers`).
+    """
+    found = {f"{name}.base_layer": base for name, base in bases.items() if has_float_weight(base)}
+    whole = unwrapped(model)
+    ends = [getattr(whole, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    for name, module in named_modules(model):
+        if any(module is end for end in ends) and not is_adapter(module):
+            found[name] = module
+    return {f"{PREFIX}{name}.{part}": p for name, module in found.items() for part, p in module.named_parameters()}
+
+
+def _check_base(key: str, theirs: Tensor, ours: Tensor) -> None:
+    """Refuses a file whose base is another; that of a narrower dtype may have been rounded."""
+    ours = ours.detach().cpu()
+    if not (torch.equal(theirs.to(ours.dtype), ours) or torch.equal(ours.to(theirs.dtype), theirs)):
+        raise AdapterError(f"expected this model's own values of {key!r}, got others: it was trained or resized there")
 
 
 def _split(key: str, parts: list[str], bases: dict[str, nn.Module]) -> tuple[str, str]:
     """The layer's name and what follows it: one of `parts`, or anything if none are given."""
+    plain = without_wrappers(key)
+    if plain.removeprefix(PREFIX).startswith("module.") and not any(name.startswith("module.") for name in bases):
+        plain = PREFIX + plain.removeprefix(PREFIX).removeprefix("module.")
     if parts:
-        match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, parts))})", key)
+        match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, parts))})", plain, re.DOTALL)
         if match is None:
             kind = "DoRA" if len(parts) > len(FACTORS) else "plain LoRA"
             raise AdapterError(f"expected only {' and '.join(parts)} of linear layers, got {key!r}: not {kind}")
         return match[1], match[2]
-    steps = key.removeprefix(PREFIX).split(".")
+    steps = plain.removeprefix(PREFIX).split(".")
     for end in range(len(steps) - 1, 0, -1):
         if (name := ".".join(steps[:end])) in bases:
             return name, ".".join(steps[end:])
     return key, ""
+
+
+def without_wrappers(key: str) -> str:
+    """A tensor's name without the steps that torch.compile, FSDP and checkpointing add."""
+    return ".".join(step for step in key.split(".") if step not in STEPS)
 
 
 def _check(adapter: Any, name: str, got: dict[str, Tensor], file: dict[str, Any], config: LoRAConfig) -> None:
@@ -203,13 +270,13 @@ def _check(adapter: Any, name: str, got: dict[str, Tensor], file: dict[str, Any]
             raise AdapterError(f"expected {key} = {settings[key]!r}, got {file.get(key)!r}")
     wanted = adapter.peft_tensors()
     if wanted.keys() != got.keys():
-        raise AdapterError(f"expected {', '.join(wanted)} of layer {name!r}, got {', '.join(got)}")
+        raise AdapterError(f"expected {', '.join(wanted)} of layer {name!r}, got {', '.join(map(repr, got))}")
     for part, tensor in wanted.items():
         _check_shape(got[part], tuple(tensor.shape), part, name)
 
 
-def _check_shape(tensor: Tensor | None, shape: tuple[int, ...], part: str, name: str) -> None:
-    if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_floating_point()):
+def _check_shape(tensor: Tensor, shape: tuple[int, ...], part: str, name: str) -> None:
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         raise AdapterError(f"expected floats of shape {shape} for {part} of layer {name!r}, got {tuple(tensor.shape)}")
 
 
@@ -219,6 +286,8 @@ def _fill(layers: dict[str, Any], found: dict[str, dict[str, Tensor]]) -> None:
     try:
         for name, layer in layers.items():
             layer.load_peft(found[name])
+            if any(tensor.dtype == torch.float64 for tensor in found[name].values()):
+                check_finite({f"{name}.{part}": tensor.detach() for part, tensor in layer.peft_tensors().items()})
     except BaseException as error:
         with torch.no_grad():
             for parameter, value in before:

@@ -1,20 +1,55 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from lorakit._suggest import near_names
 from lorakit.layers.bases import linear_shape
+from lorakit.layers.config import matches
 
 HEAD_NAMES = ("score", "classifier")  # a classifier's output layer, as transformers names it
+WRAPPERS = {  # class -> the name under which it holds what it wraps
+    "OptimizedModule": "_orig_mod",  # torch.compile's
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def wraps(module: nn.Module) -> str | None:
+    """The name under which a wrapper, such as torch.compile's, holds what it wraps; None for other modules."""
+    held = next((WRAPPERS[each.__name__] for each in type(module).__mro__ if each.__name__ in WRAPPERS), None)
+    return held if held is not None and isinstance(getattr(module, held, None), nn.Module) else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without the wrappers around it."""
+    while (held := wraps(model)) is not None:
+        model = getattr(model, held)
+    return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As torch's, without wrappers and their names: a module is called the same whether or not its model is compiled,
+    sharded or copied to several devices."""
+    plain: dict[str, str] = {"": ""}
+    held: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        parent, _, step = name.rpartition(".")
+        if name:
+            plain[name] = plain[parent] if held[parent] == step else f"{plain[parent]}.{step}".removeprefix(".")
+        held[name] = wraps(module)
+        if held[name] is None:
+            yield plain[name], module
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear-like layers by name, in the model's order; a layer that is registered twice appears once."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         try:
             linear_shape(module)
         except ValueError:
@@ -41,7 +76,7 @@ def is_named(name: str, target: str) -> bool:
 def is_target(name: str, targets: str | Iterable[str]) -> bool:
     """True if `targets`, names or a regular expression as for `find_targets`, choose a layer of that name."""
     if isinstance(targets, str):
-        return re.fullmatch(rf"(.*\.)?({targets})", name) is not None
+        return matches(targets, name)
     return any(is_named(name, target) for target in targets)
 
 
@@ -54,7 +89,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
             last parts (`"q_proj"`); or a string, a regular expression for the full name or its last parts.
 
     Raises:
-        ValueError: a target chooses nothing (the message lists near names), or is not a valid expression.
+        ValueError: a target chooses nothing (the message lists near names), is not a valid expression, or takes long to
+            match.
     """
     layers = linear_layers(model)
     if isinstance(targets, str) and targets == "all-linear":
@@ -64,23 +100,20 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
             raise ValueError(f"expected linear layers in the model, got none in {type(model).__name__}")
         return chosen
     if isinstance(targets, str):
-        try:
-            matches = {targets: [name for name in layers if is_target(name, targets)]}
-        except re.error as error:
-            raise ValueError(f"expected a regular expression, got {targets!r}: {error}") from None
+        found = {targets: [name for name in layers if is_target(name, targets)]}
     else:
-        matches = {target: [name for name in layers if is_named(name, target)] for target in targets}
-    if not matches:
+        found = {target: [name for name in layers if is_named(name, target)] for target in targets}
+    if not found:
         raise ValueError("expected at least one target, got an empty list")
-    for target, names in matches.items():
+    for target, names in found.items():
         if not names:
             raise ValueError(_no_match(model, target, layers))
-    named = {name for names in matches.values() for name in names}
+    named = {name for names in found.values() for name in names}
     return [name for name in layers if name in named]
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
-    other = next((type(m).__name__ for name, m in model.named_modules() if name and is_named(name, target)), None)
+    other = next((type(m).__name__ for name, m in named_modules(model) if name and is_named(name, target)), None)
     if other is not None:
         return f"expected targets that are linear layers, got {target!r}, which is a {other}"
     known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers)

@@ -81,7 +81,7 @@ def _lean_block(block: Any) -> Forward | None:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
     except ValueError:  # nothing linear
         return None
-    x = torch.linspace(-2, 2, 2 * d_in).view(2, d_in).to(down.A.device, dtype)
+    x = torch.linspace(-2, 2, 2 * d_in, dtype=torch.float32).view(2, d_in).to(down.A.device, dtype)
     same = _answers_as(block, lambda x: down(F.silu(block.gate_proj(x)) * up(x)), x)
     return partial(_gated_forward, block) if same else None
 
@@ -131,7 +131,7 @@ def _lean_norm(norm: nn.Module) -> Forward | None:
         return None
     if not isinstance(eps, float) or len([*norm.parameters()]) > 1 or (w.abs() < 1e-6).any():
         return None
-    x = torch.linspace(-2, 3, 2 * len(w), device=w.device).view(1, 2, len(w))
+    x = torch.linspace(-2, 3, 2 * len(w), dtype=w.dtype, device=w.device).view(1, 2, len(w))
     same = _answers_as(norm, lambda x: _RMSNorm.apply(x, w, eps), x)
     return partial(_norm_forward, norm, w, eps) if same else None
 

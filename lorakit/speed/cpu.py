@@ -110,8 +110,8 @@ def onednn_trial(rows: int = LARGE) -> tuple[float, float]:
     units (AMX) use the permission, and show it in the error; others compute in float32 all the same.
     """
     generator = torch.Generator().manual_seed(0)
-    x, W, A = (torch.randn(n, 576, generator=generator) for n in (rows, 1536, 16))
-    B = torch.randn(1536, 16, generator=generator)
+    x, W, A = (torch.randn(n, 576, generator=generator, dtype=torch.float32) for n in (rows, 1536, 16))
+    B = torch.randn(1536, 16, generator=generator, dtype=torch.float32)
     exact, errors, seconds = x.double() @ W.double().T, {}, {}
     for precision in ("highest", "medium"):
         with _matmul_precision(precision):

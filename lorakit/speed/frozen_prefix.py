@@ -95,7 +95,9 @@ def below(model: nn.Module, texts: Sequence[Sequence[int]]) -> tuple[Below | Non
 
 
 def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    ids, ones = ([torch.tensor(row) for row in rows] for rows in (texts, [[1] * len(text) for text in texts]))
+    ids, ones = (
+        [torch.tensor(row, dtype=torch.long) for row in rows] for rows in (texts, [[1] * len(text) for text in texts])
+    )
     return {
         "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device),
         "attention_mask": nn.utils.rnn.pad_sequence(ones, batch_first=True).to(device),

@@ -17,12 +17,12 @@ def packable(model: nn.Module) -> Decision:
     """
     like, was_training = next(model.parameters()), model.training
     first, other, text = [3, 1, 2, 4, 1], [2, 4, 3, 1, 3], [1, 3, 2, 4, 2, 1]
-    places = torch.tensor([[*range(len(first)), *range(len(text))]], device=like.device)
+    places = torch.tensor([[*range(len(first)), *range(len(text))]], dtype=torch.long, device=like.device)
     model.eval()
     try:
         with repacking_prevented(model):
-            alone = model(input_ids=torch.tensor([text], device=like.device)).logits.float()
-            rows = [torch.tensor([before + text], device=like.device) for before in (first, other)]
+            alone = model(input_ids=torch.tensor([text], dtype=torch.long, device=like.device)).logits.float()
+            rows = [torch.tensor([before + text], dtype=torch.long, device=like.device) for before in (first, other)]
             answers = [model(input_ids=row, position_ids=places, use_cache=False).logits for row in rows]
             behind = [logits[:, len(first) :] for logits in answers]
     except (TypeError, ValueError, RuntimeError, IndexError):

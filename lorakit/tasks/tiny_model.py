@@ -116,7 +116,7 @@ def make_model(seed: int = SEED) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(config).eval()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def draw_note(rng: random.Random) -> tuple[str, str]:

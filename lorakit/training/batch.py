@@ -57,7 +57,7 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     longest = max(len(example.input_ids) for example in examples)
 
     def stack(rows: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], dtype=torch.long, device=device)
 
     ids = [example.input_ids for example in examples]
     return {
@@ -98,7 +98,9 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Bat
         columns["labels"].append([label for text in texts for label in (IGNORE, *text.labels[1:])])
     fillers = {"input_ids": 0, "position_ids": 0, "labels": IGNORE}  # each filler is a text of its own
     return {
-        name: torch.tensor([row + [fillers[name]] * (longest - len(row)) for row in values], device=device)
+        name: torch.tensor(
+            [row + [fillers[name]] * (longest - len(row)) for row in values], dtype=torch.long, device=device
+        )
         for name, values in columns.items()
     }
 

@@ -13,6 +13,7 @@ from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
 from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
+from lorakit.models.targets import named_modules
 from lorakit.training.batch import Example
 from lorakit.training.fit import History, Run, train
 from lorakit.training.recipe import Recipe
@@ -42,8 +43,9 @@ class Fitted:
         Raises:
             ValueError: the model carries adapters, or is not the one that it was trained on.
         """
+        modules = dict(named_modules(model))
         for name, layer in self.layers.items():
-            if model.get_submodule(name) is not layer.base:
+            if modules.get(name) is not layer.base:
                 raise ValueError(f"expected the model on which the adapter was trained, got another at {name}")
         return wrap(model, self.layers, lambda name, _: self.layers[name])
 

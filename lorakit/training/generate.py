@@ -1,12 +1,16 @@
 """What a model answers: batched greedy generation, and exact match in a single pass."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit._progress import Progress
+from lorakit.models.targets import unwrapped
 from lorakit.speed.accelerated import accelerated
 
 
@@ -16,11 +20,32 @@ def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _ends(rows: Tensor, stop: str, tokenizer: Any) -> Tensor:
-    """Which rows, (batch, seq) -> (batch), hold the text `stop` near their end."""
-    return torch.tensor(
-        [stop in tokenizer.decode(row) for row in rows[:, -len(stop) - 1 :].tolist()], device=rows.device
-    )
+def _ends(rows: Tensor, scores: Any, *, start: int, stop: str, tokenizer: Any) -> Tensor:
+    """Which rows, (batch, seq) -> (batch), hold the text `stop` near their end, and not before `start`."""
+    last = rows[:, max(start, rows.shape[1] - len(stop.encode()) - 1) :]  # a token may be a single byte
+    return torch.tensor([stop in tokenizer.decode(row) for row in last.tolist()], dtype=torch.bool, device=rows.device)
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[Any]:
+    """The model as `generate` should see it: without the penalties, bans and bounds of its own generation config.
+
+    What is not said at the call, `generate` takes from the model. So it gets a view that shares all but that config.
+    """
+    model = unwrapped(model)  # torch.compile's has no attributes of its own
+    if getattr(model, "generation_config", None) is None:
+        yield model
+        return
+    inside = [(m, m.generation_config) for m in model.modules() if m is not model and "generation_config" in vars(m)]
+    view = copy.copy(model)
+    view.generation_config = type(model.generation_config)()
+    try:
+        for module, _ in inside:  # of a wrapper such as PEFT's, which hands the call on
+            module.generation_config = view.generation_config
+        yield view
+    finally:
+        for module, own in inside:
+            module.generation_config = own
 
 
 @torch.no_grad()
@@ -36,6 +61,8 @@ def greedy(
     show: bool = True,
 ) -> list[str]:
     """The most likely continuation of each prompt, token by token, up to `stop` (left out of the answer).
+
+    The model's own generation config has no say: a repetition penalty or forbidden words would make it another token.
 
     Args:
         model: a transformers model with `generate`.
@@ -62,22 +89,25 @@ def greedy(
     }
     if ends:
         settings["eos_token_id"] = sorted(ends)
-    if stop is not None and len(stop_ids) > 1:
-        settings["stopping_criteria"] = [lambda rows, _, stop=stop: _ends(rows, stop, tokenizer)]
     answers, was_training = [""] * len(ids), model.training
     model.eval()
     try:
         with (
             accelerated(model, batch_size, on=accelerate),
+            _plainly(model) as view,
             Progress(len(ids), "generating", "answer", show) as progress,
         ):
             for batch in _in_batches([len(row) for row in ids], batch_size):
                 longest = len(ids[batch[0]])
                 pads = [longest - len(ids[i]) for i in batch]
-                tokens = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)])
-                mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+                tokens = torch.tensor(
+                    [[0] * pad + ids[i] for pad, i in zip(pads, batch, strict=True)], dtype=torch.long
+                )
+                mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], dtype=torch.long)
                 inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
-                output = model.generate(**inputs, **settings)
+                if stop is not None and len(stop_ids) > 1:
+                    settings["stopping_criteria"] = [partial(_ends, start=longest, stop=stop, tokenizer=tokenizer)]
+                output = view.generate(**inputs, **settings)
                 for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                     end = next((k for k, token in enumerate(row) if token in ends), len(row))
                     text = tokenizer.decode(row[:end])

@@ -49,7 +49,9 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
     losses: list[Tensor] = []
     hooks: list[RemovableHandle] = []
     state = torch.get_rng_state()
-    sign = torch.linspace(-60, 60, linear_shape(head)[0], device=batch["labels"].device)[None, None]
+    sign = torch.linspace(-60, 60, linear_shape(head)[0], dtype=torch.float32, device=batch["labels"].device)[
+        None, None
+    ]
 
     def shorten(_, args):
         hooks.pop().remove()

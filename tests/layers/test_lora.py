@@ -1,6 +1,7 @@
 """Laws of LoRALinear, for any shape, rank, dtype, bias and scale."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import LoRALinear
+from lorakit import DoRALinear, LoRALinear, inject, merge, quantize_model
+from lorakit.layers.lora import checked_scale
 
 SIZES = st.integers(1, 12)
 EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -181,3 +183,69 @@ def test_bad_arguments_are_refused(settings, word):
     arguments = {"base": nn.Linear(8, 8), "rank": 4, "alpha": 8} | settings
     with pytest.raises(ValueError, match=word):
         LoRALinear(**arguments)
+
+
+def eight_bits(dtype):
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    return layer
+
+
+def dynamic():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear})[0]
+
+
+UNKNOWN_STORAGE = {
+    "float8": lambda: eight_bits(torch.float8_e4m3fn),
+    "the other float8": lambda: eight_bits(torch.float8_e5m2),
+    "int8": lambda: eight_bits(torch.int8),
+    "complex": lambda: eight_bits(torch.complex64),
+    "torch.ao's int8": dynamic,
+    "a shape that is not known yet": lambda: nn.LazyLinear(8),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_STORAGE)
+def test_layers_that_torch_cannot_compute_with_are_refused(name):
+    model = nn.Sequential(nn.Linear(8, 8), UNKNOWN_STORAGE[name]())
+    grads = [p.requires_grad for p in model.parameters()]
+    for act in (
+        lambda: inject(model, 2, 4),
+        lambda: inject(model, 2, 4, layer=DoRALinear),
+        lambda: quantize_model(model),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            act()
+        assert [p.requires_grad for p in model.parameters()] == grads
+        assert type(model[0]) is nn.Linear
+
+
+class Scaled(nn.Linear):
+    """A layer that is stored in float8 and knows how to use it."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def test_a_layer_that_computes_with_its_own_storage_is_adapted_but_not_merged():
+    base = Scaled(8, 8)
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    model, x = nn.Sequential(base), torch.randn(3, 8)
+    before = model(x)
+    inject(model, 2, 4)
+    assert model[0].A.dtype == torch.float32
+    assert torch.equal(model(x), before)
+    with pytest.raises(ValueError, match="floating-point base"):
+        merge(model)
+    with pytest.raises(ValueError, match="weight that can be read"):
+        DoRALinear(base, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "dropout"), [(2, True, 0.0), (2, 10**400, 0.0), (10**400, 1, 0.0), (2, 4, False)]
+)
+def test_bools_and_numbers_that_no_float_holds_are_refused(rank, alpha, dropout):
+    with pytest.raises(ValueError, match="expected"):
+        checked_scale(rank, alpha, dropout)

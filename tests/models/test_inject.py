@@ -237,3 +237,18 @@ def test_models_of_other_dtypes(dtype):
     merged = logits_of(merge(model), "llama")
     torch.testing.assert_close(merged, logits, rtol=0.05, atol=0.05)
     assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("settings", [{"targets": "(1|11)*[!?]"}, {"rank_pattern": {"(1|11)*[!?]": 2}}], ids=str)
+def test_an_expression_that_never_ends_is_refused(settings):
+    model = nn.Sequential()
+    model.add_module("1" * 40, nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="quick to match"):
+        inject(model, 2, 4, **settings)
+
+
+def test_a_layer_that_is_compiled_alone_is_refused():
+    model = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"))
+    with pytest.raises(ValueError, match="compiled alone"):
+        inject(model, 2, 4)
+    assert all(p.requires_grad for p in model.parameters())

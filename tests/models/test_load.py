@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.architectures import CONFIGS, build, logits_of
+from safetensors.torch import load_file, save_file
 
+from lorakit import inject, save_adapter
 from lorakit.models import download
 from lorakit.models.download import MANIFEST, MODELS, WheelModel, cache_dir, fetch_model
 from lorakit.models.load import load_model
@@ -355,6 +359,144 @@ def test_auto_takes_what_is_there_and_a_missing_gpu_is_said(tiny_folder, monkeyp
     assert load_model(tiny_folder, device="auto")[0].device.type == "cpu"
     with pytest.raises(ValueError, match="no GPU here, got 'cuda'"):
         load_model(tiny_folder, device="cuda")
+
+
+def lose_one(weights):
+    weights.pop("model.layers.1.mlp.down_proj.weight")
+
+
+def rename_one(weights):
+    weights["model.layers.1.mlp.lower.weight"] = weights.pop("model.layers.1.mlp.down_proj.weight")
+
+
+def cut_one(weights):
+    weights["model.norm.weight"] = weights["model.norm.weight"][:3].clone()
+
+
+def lose_the_head(weights):
+    weights.pop("lm_head.weight")
+
+
+def add_a_layer(weights):
+    for key in [key for key in weights if ".layers.1." in key]:
+        weights[key.replace(".layers.1.", ".layers.2.")] = weights[key].clone()
+
+
+def add_a_bias(weights):
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(16)
+
+
+def add_a_norm(weights):
+    weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+
+
+WRONG_WEIGHTS = {
+    lose_one: "got none for model.layers.1.mlp.down_proj.weight",
+    rename_one: "got none for model.layers.1.mlp.down_proj.weight",
+    cut_one: "got other shapes for model.norm.weight",
+    lose_the_head: "got none for lm_head.weight",
+    add_a_layer: "model.layers.2.",
+    add_a_bias: "model.layers.0.self_attn.q_proj.bias",
+    add_a_norm: "model.layers.0.self_attn.q_norm.weight",
+}
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("edit", WRONG_WEIGHTS, ids=lambda f: f.__name__)
+def test_weights_that_are_not_all_of_the_model_are_named(folder, edit):
+    edit_weights(folder, edit)
+    with pytest.raises(ValueError, match=f"expected the weights of LlamaForCausalLM.*{re.escape(WRONG_WEIGHTS[edit])}"):
+        load_model(folder)
+
+
+def test_parts_beside_the_model_and_older_counters_may_be_in_its_files(folder):
+    def edit(weights):
+        weights["score.weight"] = torch.zeros(2, 16)
+        weights["model.layers.0.self_attn.masked_bias"] = torch.tensor(-1e4)
+        weights["model.layers.0.self_attn.bias"] = torch.ones(4, 4, dtype=torch.bool)
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    edit_weights(folder, edit)
+    load_model(folder)
+
+
+def test_a_folder_of_a_model_with_adapters_says_so(folder):
+    model, _ = load_model(folder)
+    inject(model, 2, 4).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"got none for .*saved with adapters in it; merge\(\)"):
+        load_model(folder)
+
+
+def test_an_adapter_in_the_bases_folder_is_refused(folder):
+    save_adapter(inject(load_model(folder)[0], 2, 4), folder)
+    with pytest.raises(ValueError, match=r"expected a base model alone, got an adapter_config\.json"):
+        load_model(folder)
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [pointer, half, nothing, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_damaged_files_of_weights_are_named(folder, damage, shards):
+    if shards > 1:
+        model, _ = load_model(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="8KB")
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    damage(path)
+    error = FileNotFoundError if damage is Path.unlink else ValueError
+    with pytest.raises(
+        error, match="expected a folder with a model" if not path.exists() and shards == 1 else path.name
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_refused(folder, text):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="expected a weight_map"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"model_type": "llama", "hidden_size": "wide"}', "[1]"])
+def test_files_that_transformers_cannot_read_are_refused(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises((ValueError, OSError)):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_transformers_saves_is_whole(name, tiny_folder, tmp_path):
+    if name in ("t5", "bert"):
+        pytest.skip("no causal language model")
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    for file in tiny_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    again = load_model(tmp_path)[0]
+    assert torch.equal(logits_of(again, name), logits_of(model, name))
 
 
 def test_pickled_weights_are_refused(tiny_folder, tmp_path):

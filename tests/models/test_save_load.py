@@ -6,15 +6,19 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 
 import pytest
 import torch
 from helpers.architectures import build, logits_of
-from helpers.parity import randomise, snapshot, unchanged
+from helpers.parity import peft_model, randomise, snapshot, unchanged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakit import AdapterError, LoRALinear, adapters, inject, load_adapter, save_adapter
+from lorakit.merging.updates import read_updates
+from lorakit.models import peft_files
 from lorakit.models.peft_files import CONFIG, WEIGHTS
 
 
@@ -254,6 +258,182 @@ def test_missing_files_and_pickles_are_refused(saved):
     (folder / CONFIG).unlink()
     assert CONFIG in refused(folder, FileNotFoundError)
     refused(folder / "nowhere", FileNotFoundError)
+
+
+ENDLESS = "(?:.|..|...)+[!?]"
+WRONG_SETTINGS = {
+    "an endless expression for targets": {"target_modules": ENDLESS},
+    "an endless expression for ranks": {"rank_pattern": {ENDLESS: 3}},
+    "a flag in the middle": {"rank_pattern": {"(?i)q_proj": 3}},
+    "a repetition without bounds": {"target_modules": "a{99999999999999999999}"},
+    "very deep groups": {"target_modules": "(" * 3000 + ")" * 3000},
+    "targets as an object": {"target_modules": {"q_proj": 1}},
+    "exclusions as a bool": {"exclude_modules": False},
+    "ranks as a list": {"rank_pattern": []},
+    "rslora as text": {"use_rslora": "false"},
+    "dora as a number": {"use_dora": 0},
+    "dropout as a bool": {"lora_dropout": False},
+    "rank as a bool": {"r": True},
+    "alpha as a bool": {"lora_alpha": True},
+    "a huge rank": {"r": 10**400},
+    "a huge alpha": {"lora_alpha": 10**400},
+    "no rank": {"r": 0},
+    "a start as a number": {"init_lora_weights": 1},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SETTINGS)
+def test_wrong_settings_are_refused_by_load_and_read_alike(saved, case):
+    folder, _ = saved
+    edit_tensors(folder, lambda tensors: None)
+    edit_config(folder, **WRONG_SETTINGS[case])
+    begin = time.process_time()
+    assert refused(folder, AdapterError).startswith("expected")
+    with pytest.raises(AdapterError, match="expected"):
+        read_updates(folder)
+    assert time.process_time() - begin < 4
+
+
+def test_a_setting_that_is_there_twice_is_refused(saved):
+    folder, _ = saved
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace('"r": 3', '"r": 4, "r": 3'))
+    assert "'r' is there 2 times" in refused(folder, AdapterError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool, torch.complex64], ids=str)
+def test_tensors_that_are_no_plain_floats_are_refused(saved, dtype):
+    folder, _ = saved
+    edit_tensors(folder, lambda tensors: tensors.update({key: each.to(dtype) for key, each in tensors.items()}))
+    assert "expected tensors of F64" in refused(folder, AdapterError)
+    with pytest.raises(AdapterError, match="expected tensors of F64"):
+        read_updates(folder)
+
+
+def test_numbers_that_the_parameters_cannot_hold_are_refused(saved):
+    folder, _ = saved
+    edit_tensors(folder, lambda tensors: tensors.update({key: each.double() + 1e300 for key, each in tensors.items()}))
+    assert "finite" in refused(folder, AdapterError)
+
+
+def test_factors_of_two_dtypes_are_read_in_the_wider(saved):
+    folder, model = saved
+    edit_tensors(folder, lambda tensors: tensors.update({k: t.double() for k, t in tensors.items() if "lora_A" in k}))
+    update, layer = next(iter(read_updates(folder).values())), next(iter(adapters(model).values()))
+    torch.testing.assert_close(update.matrix, layer.delta_weight().detach().double())
+
+
+class Named(LoRALinear):
+    """A layer of a reader's own."""
+
+
+def unknown_name():
+    return {"x": {"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}
+
+
+def another_shape():
+    A = {"dtype": "F32", "shape": [2**25, 8], "data_offsets": [0, 2**30]}
+    B = {"dtype": "F32", "shape": [8, 2**25], "data_offsets": [2**30, 2**31]}
+    return {f"base_model.model.0.lora_{part}.weight": each for part, each in (("A", A), ("B", B))}
+
+
+@pytest.mark.parametrize("header", [unknown_name(), another_shape()], ids=["an unknown name", "another shape"])
+@pytest.mark.parametrize("layer", [LoRALinear, Named])
+def test_names_and_shapes_are_refused_before_a_tensor_is_read(tmp_path, monkeypatch, header, layer):
+    save_adapter(inject(nn.Sequential(nn.Linear(8, 8)), 2, 4, layer=layer), tmp_path)
+    text, size = json.dumps(header).encode(), max(each["data_offsets"][1] for each in header.values())
+    (tmp_path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / WEIGHTS, 8 + len(text) + size)  # sparse: a few bytes on the disk
+    for after in ("_digest", "check_finite"):
+        monkeypatch.setattr(peft_files, after, lambda *_: pytest.fail("the tensors were read"))
+    plain = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(AdapterError, match="expected"):
+        load_adapter(plain, tmp_path, layer=None if layer is LoRALinear else layer)
+    assert all(p.requires_grad for p in plain.parameters())
+    with pytest.raises(AdapterError, match="expected"):
+        read_updates(tmp_path)
+
+
+def test_a_file_for_some_of_the_adapters_is_refused(saved):
+    folder, _ = saved
+    save_adapter(inject(build("llama"), 3, 8, targets=["q_proj"], scale_rule="rslora"), folder / "less")
+    full = inject(build("llama"), 3, 8, scale_rule="rslora")
+    with pytest.raises(AdapterError, match="all adapters"):
+        load_adapter(full, folder / "less")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased-tied"])
+@pytest.mark.parametrize("embeddings", ["auto", True])
+def test_the_base_tensors_that_peft_writes_beside_an_adapted_head_are_compared(tmp_path, name, embeddings):
+    theirs = peft_model(build(name), r=3, target_modules=["q_proj", "lm_head"], init_lora_weights=False).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    assert any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))
+    ours = load_adapter(build(name), tmp_path)
+    torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name))
+    load_adapter(ours, tmp_path)  # and over the adapters that are there
+    assert read_updates(tmp_path).keys() == adapters(ours).keys()
+    wide = load_adapter(build(name).double(), tmp_path)
+    torch.testing.assert_close(logits_of(wide, name).float(), logits_of(ours, name))
+    edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.lm_head.base_layer.weight"].add_(1e-3))
+    with pytest.raises(AdapterError, match="this model's own values"):
+        load_adapter(build(name), tmp_path)
+
+
+class DataParallel(nn.Module):
+    """Holds a module as torch's class of that name does, which looks for a GPU."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model):
+    model.model.layers[1] = compiled(model.model.layers[1])
+    return model
+
+
+def both(model):
+    return DataParallel(compiled(compiled_inside(model)))
+
+
+@pytest.mark.parametrize("wrap", [compiled, compiled_inside, DataParallel, both])
+def test_wrappers_leave_no_trace_in_the_names(saved, wrap, tmp_path):
+    folder, model = saved
+    expected = logits_of(model, "llama")
+    save_adapter(wrap(model), tmp_path / "wrapped")
+    assert load_file(tmp_path / "wrapped" / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
+    assert json.loads((tmp_path / "wrapped" / CONFIG).read_text()) == json.loads((folder / CONFIG).read_text())
+    for again in (build("llama"), inject(build("llama"), 3, 8, scale_rule="rslora")):
+        wrapped = load_adapter(wrap(again), tmp_path / "wrapped")
+        assert all(torch.equal(each.B, adapters(model)[name].B) for name, each in adapters(wrapped).items())
+        assert torch.equal(logits_of(again, "llama"), expected)
+    assert read_updates(wrapped).keys() == read_updates(folder).keys()
+
+
+@pytest.mark.parametrize("step", ["_orig_mod.", "_fsdp_wrapped_module.", "module."])
+def test_files_that_were_written_from_inside_a_wrapper_load(saved, step):
+    folder, model = saved
+
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.replace("base_model.model.", "base_model.model." + step)] = tensors.pop(key)
+
+    edit_tensors(folder, rename)
+    assert torch.equal(logits_of(load_adapter(build("llama"), folder), "llama"), logits_of(model, "llama"))
+
+
+def test_a_share_of_an_adapter_is_not_saved(saved, tmp_path):
+    _, model = saved
+    layer = next(iter(adapters(model).values()))
+    layer.A.data = layer.A.data[:0]  # as under ZeRO-3
+    with pytest.raises(ValueError, match="expected floats of shape"):
+        save_adapter(model, tmp_path / "share")
 
 
 def test_another_models_adapter_is_refused(saved):

@@ -348,6 +348,43 @@ def test_a_stop_of_several_tokens_ends_an_answer():
     )
 
 
+OWN_SETTINGS = {
+    "a penalty": {"repetition_penalty": 9.0},
+    "no pair twice": {"no_repeat_ngram_size": 1},
+    "forbidden words": {"bad_words_ids": [[k] for k in range(3, 50)]},
+    "suppressed tokens": {"suppress_tokens": list(range(3, 50))},
+    "a first token": {"forced_bos_token_id": 7, "begin_suppress_tokens": list(range(3, 50))},
+    "a shortest answer": {"min_new_tokens": 8},
+    "ends of its own": {"eos_token_id": list(range(3, 50))},
+    "several answers": {"num_beams": 2, "num_return_sequences": 2, "return_dict_in_generate": True},
+    "no time": {"max_time": 0.0},
+}
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS.values(), ids=OWN_SETTINGS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_models_generation_config_has_no_say_and_stays(own, wrapped):
+    model = build("llama")
+    fit(model, [encode(TOKENIZER, "abc", "ddeffg\x02")], steps=80, lr=1e-2, show=False)
+    asked = peft_model(model, r=2, target_modules=["q_proj"]) if wrapped else model
+    inner = asked.get_base_model() if wrapped else model
+    assert greedy(asked, TOKENIZER, ["abc"], max_new_tokens=9, show=False) == ["ddeffg"]
+    config = inner.generation_config
+    config.update(**own)
+    assert greedy(asked, TOKENIZER, ["abc"], max_new_tokens=9, show=False) == ["ddeffg"]
+    assert inner.generation_config is config
+    assert all(getattr(config, key) == value for key, value in own.items())
+
+
+def test_a_stop_is_not_looked_for_in_the_prompt():
+    model = build("llama")
+    fit(model, [encode(TOKENIZER, "abc", "defghij\x02")], steps=60, lr=1e-2, show=False)
+    free = greedy(model, TOKENIZER, ["abc"], max_new_tokens=8, show=False)
+    assert free[0].startswith("d")
+    assert greedy(model, TOKENIZER, ["abc"], stop="bc", max_new_tokens=8, show=False) == free
+    assert greedy(model, TOKENIZER, ["abc"], stop="cd", max_new_tokens=8, show=False) == free
+
+
 def test_generation_keeps_the_models_mode_and_takes_no_prompts():
     model = build("llama").train()
     assert greedy(model, TOKENIZER, [], show=False) == []

@@ -108,7 +108,7 @@ def same(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> bool:
 
 def random_matrix(*shape: int, seed: int) -> Tensor:
     """A matrix (or vector) of standard normal numbers, always the same for a seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def norm(x: Tensor) -> float:

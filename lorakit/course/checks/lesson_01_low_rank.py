@@ -67,7 +67,7 @@ def check_best_approximation() -> Iterator[Case]:
 def check_rank_for_energy() -> Iterator[Case]:
     """Checks `rank_for_energy(matrix, share) -> k`: the smallest k that captures this share of the energy."""
     for seed, share in enumerate([0.9, 0.75, 0.95, 0.6]):
-        matrix = random_matrix(20, 30, seed=seed) @ torch.diag(0.95 ** torch.arange(30.0))
+        matrix = random_matrix(20, 30, seed=seed) @ torch.diag(0.95 ** torch.arange(30, dtype=torch.float32))
         S = truncated_svd(matrix, 20)[1]
         want, by_norm, left_out = (
             _first(captured_energy(S, k) >= least for k in range(21)) for least in (share, share**2, 1 - share)

@@ -84,7 +84,7 @@ def check_merge() -> Iterator[Case]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, *weight.T.shape, bias=bias is not None)
+    layer = nn.utils.skip_init(nn.Linear, *weight.T.shape, bias=bias is not None, dtype=weight.dtype)
     layer.weight.data = weight
     if bias is not None:
         layer.bias.data = bias.detach()
@@ -135,7 +135,9 @@ def _check_forward(mine: Any, reference: LoRALinear, on: str) -> None:
     reached = getattr(out, "requires_grad", False)
     reached = reached and None not in torch.autograd.grad(out.sum(), [mine.A, mine.B], allow_unused=True)
     require(reached, on, "A and B would not train: no gradient reaches both; compute without no_grad and detach")
-    units = torch.eye(x.shape[1]).repeat(16, 1)  # dropout leaves such a row its whole update, or nothing of it
+    units = torch.eye(x.shape[1], dtype=x.dtype).repeat(
+        16, 1
+    )  # dropout leaves such a row its whole update, or nothing of it
     moved = _output(mine.train(), units, on) - reference.base(units).double()
     kept = moved.norm(dim=1, keepdim=True) > 1e-4
     full = 2 * (reference(units) - reference.base(units)).double()  # what is kept is divided by 1 - 0.5
@@ -226,7 +228,7 @@ def check_grow(grow: Any) -> None:
 def _trained_layer(d_out: int, d_in: int, rank: int, alpha: float, bias: bool = False) -> LoRALinear:
     """An adapted layer whose B is no longer zero; the same for the same arguments."""
     with torch.random.fork_rng(devices=[]):
-        layer = LoRALinear(nn.Linear(d_in, d_out, bias=bias), rank, alpha)
+        layer = LoRALinear(nn.Linear(d_in, d_out, bias=bias, dtype=torch.float32), rank, alpha)
     for seed, p in enumerate(layer.parameters()):
         p.data = random_matrix(*p.shape, seed=seed + rank)
     return layer

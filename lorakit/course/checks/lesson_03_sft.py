@@ -126,7 +126,7 @@ def check_matches(matches: Any) -> None:
 
 def check_is_active(is_active: Any) -> None:
     """Checks `is_active(model, ids) -> bool`: whether the logits with the adapter are others than without it."""
-    ids, given = torch.tensor([[1, 5, 7, 2], [3, 3, 9, 10]]), []
+    ids, given = torch.tensor([[1, 5, 7, 2], [3, 3, 9, 10]], dtype=torch.long), []
     for on, size, alpha, training, want, why in STATES:
         model = _Adapted(size, alpha, used=on != UNUSED).train(training)
         got = _truth(ask(_watched(is_active, lambda model, _: given.append(model)), model, ids, on=on), on)
@@ -219,8 +219,8 @@ class _Adapted(nn.Module):
     def __init__(self, size: float, alpha: float, used: bool):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            self.embed = nn.Embedding(11, 8).requires_grad_(False)
-            self.layer = LoRALinear(nn.Linear(8, 11), 2, alpha, dropout=0.5)
+            self.embed = nn.Embedding(11, 8, dtype=torch.float32).requires_grad_(False)
+            self.layer = LoRALinear(nn.Linear(8, 11, dtype=torch.float32), 2, alpha, dropout=0.5)
         for seed, p in enumerate(self.parameters()):
             p.data = random_matrix(*p.shape, seed=seed)
         self.layer.B.data *= size
@@ -243,9 +243,10 @@ def _small_llama() -> nn.Module:
     transformers = need("transformers")
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = transformers.LlamaConfig(**sizes, **heads)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def _truth(answer: Any, on: str) -> bool:

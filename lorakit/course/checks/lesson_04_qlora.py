@@ -19,7 +19,7 @@ from lorakit.models.inject import adapters
 from lorakit.models.merge import remove
 from lorakit.training.batch import collate
 
-CODES = torch.tensor(nf4.NF4)
+CODES = torch.tensor(nf4.NF4, dtype=torch.float32)
 TENSORS = [((6, 48), 32), ((5, 27), 16), ((70,), 64)]  # shape, block size; the second block of each is zero
 SMALL = {"embed_tokens.weight": (50, 9), "q_proj.weight": (5, 9), "q_proj.bias": (5,), "up_proj.weight": (41, 9)}
 LARGE = {"embed_tokens.weight": (32_000, 4096), "up_proj.weight": (11_008, 4096), "lm_head.weight": (32_000, 4096)}
@@ -55,10 +55,14 @@ def check_codebook() -> Iterator[Case]:
     """Checks `codebook(offset) -> sixteen numbers`: NF4's, for its own offset and for another one."""
     for offset in (nf4.OFFSET, 0.99):
         starts = (0.5, 9), (0.5, 8), (1 - offset, 16)
-        up, down, even = (torch.special.ndtri(torch.linspace(start, offset, n).double()) for start, n in starts)
+        up, down, even = (
+            torch.special.ndtri(torch.linspace(start, offset, n, dtype=torch.float32).double()) for start, n in starts
+        )
         want = torch.cat([-down.flip(0), up[1:]]) / up[-1]
         hints = {
-            "has even steps: probabilities have them, and ndtri makes values of these": torch.linspace(-1, 1, 16),
+            "has even steps: probabilities have them, and ndtri makes values of these": torch.linspace(
+                -1, 1, 16, dtype=torch.float32
+            ),
             "is not scaled: divide by its largest number": want * up[-1],
             "is upside down: seven steps lie below zero, eight above": -want.flip(0),
             "has no zero: sixteen even steps from 1 - offset to offset miss it": even / up[-1],
@@ -83,7 +87,7 @@ def check_round_trip() -> Iterator[Case]:
     """Checks `round_trip(x, block_size) -> (codes, absmax, back)`: each against `lorakit.layers.nf4`."""
     for seed, (shape, size) in enumerate(TENSORS):
         n = math.prod(shape)
-        x = random_matrix(n, seed=seed) * torch.linspace(0.5, 3, n)
+        x = random_matrix(n, seed=seed) * torch.linspace(0.5, 3, n, dtype=torch.float32)
         x[size : 2 * size] = 0
         want, scales = nf4.quantize(x, block_size=size)
         blocks = nn.functional.pad(x, (0, -n % size)).view(-1, size)
@@ -273,9 +277,10 @@ def _llama(made: list) -> nn.Module:
     transformers, passes = need("transformers"), []
     sizes: dict[str, Any] = {"vocab_size": 24, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    config = transformers.LlamaConfig(**sizes)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.register_forward_pre_hook(lambda m, _: passes.append([p.clone() for p in m.parameters() if p.requires_grad]))
     made.append((model, passes))
     return model

@@ -56,7 +56,7 @@ def check_dora() -> Iterator[Case]:
         }
         start = {
             "is that of columns: one number for each output": W.norm(dim=0),
-            "is of ones: then every row would have length 1 at first": torch.ones(d_out),
+            "is of ones: then every row would have length 1 at first": torch.ones(d_out, dtype=torch.float32),
             "is the argument m: what must it be, so that a fresh adapter (B zero) changes nothing?": m,
             "is that of the trained rows: at the start B is zero": V.norm(dim=1),
             "is squared": W.square().sum(1),
@@ -122,7 +122,7 @@ def check_pissa() -> Iterator[Case]:
             "is W's part itself: with the scale in front it must be that, so divide by s": factors(*top),
             "holds the smallest directions: take the largest": factors(*low),
             "has the singular values in both factors: each gets their root": factors(top[0], top[1].square() / s),
-            "has no singular values": factors(top[0], torch.ones(rank).double() / s),
+            "has no singular values": factors(top[0], torch.ones(rank, dtype=torch.float64) / s),
             "is divided by s twice: by its root in each factor": factors(top[0], top[1] / s**2),
             "is multiplied by s: divide": factors(top[0], top[1] * s),
         }
@@ -140,7 +140,7 @@ def check_allocate(allocate: Any) -> None:
     for budget, ties in ((5, False), (11, False), (1, False), (9, True)):
         values = {kind: random_matrix(n, seed=n).abs() + n / 4 for kind, n in SIZES.items()}
         values |= {"q_proj": 0.1 * values["q_proj"]}
-        values = {kind: torch.ones(n) for kind, n in SIZES.items()} if ties else values
+        values = {kind: torch.ones(n, dtype=torch.float32) for kind, n in SIZES.items()} if ties else values
         on = f"layers of {list(SIZES.values())} directions, budget {budget}" + (
             ", all equally important" if ties else ""
         )

@@ -115,7 +115,7 @@ def check_compress() -> Iterator[Case]:
     """Checks `compress(A, B, rank) -> A, B`: the nearest update of that rank, without ever making B A."""
     for d_out, d_in, has, rank in SIZES:
         A, B = random_matrix(has, d_in, seed=rank), random_matrix(d_out, has, seed=rank + 5)
-        B *= torch.logspace(0, -2, has)
+        B *= torch.logspace(0, -2, has, dtype=torch.float32)
         r = min(rank, has)
         U, S, Vh = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
         U, S, Vh = U[:, :r], S[:r, None], Vh[:r]
@@ -160,7 +160,9 @@ def check_best_weights() -> Iterator[Case]:
 def _shares(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
     each = parts(got, "requantised, original", case.on)
     first, second = (as_tensor(share, case.on, "a share") for share in each)
-    swapped = same(first, torch.tensor(case.right[1])) and same(second, torch.tensor(case.right[0]))
+    swapped = same(first, torch.tensor(case.right[1], dtype=torch.float64)) and same(
+        second, torch.tensor(case.right[0], dtype=torch.float64)
+    )
     require(not swapped, case.on, "the two are in the other order: requantised first")
     yield from (("the share by requantising", first), ("the share by the original", second))
 
