@@ -1,6 +1,5 @@
 """LoRA: a frozen linear layer plus a trainable product of two thin matrices (Hu et al. 2021, arXiv:2106.09685)."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.layers.adapter import own_parameters
-from lorakit.layers.bases import frozen_weight, is_conv1d, linear_shape, weight_of
+from lorakit.layers.bases import dense_weight, frozen_weight, is_conv1d, linear_shape, weight_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.fused import lora_linear
+from lorakit.layers.read_weight import ReadWeight
+from lorakit.layers.trial import check_linear, plus
 
 ScaleRule = str | Callable[[float, int], float]  # a name of SCALE_RULES, or a function (alpha, rank) -> s
 SCALE_RULES: dict[str, Callable[[float, int], float]] = {
@@ -73,10 +74,11 @@ class LoRALinear(nn.Module):
         self.scale = checked_scale(rank, alpha, dropout, scale_rule)
         self.rank, self.alpha, self.scale_rule = rank, alpha, scale_rule
         d_out, d_in = linear_shape(base)
+        check_linear(base, d_out, d_in)
         if is_linear4bit(base):
             keep_order(base)
         self.base = base.requires_grad_(False)
-        like = next(chain(base.parameters(), base.buffers()))
+        like = next(chain(base.parameters(), base.buffers()), torch.empty(0))
         dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
         self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=like.device))
@@ -104,18 +106,16 @@ class LoRALinear(nn.Module):
         """A copy of the base with weight `W + s B A`, summed in the adapter's dtype and rounded once to the base's.
 
         Raises:
-            ValueError: the base's weight is quantised; dequantise it first.
+            ValueError: the base's weight is quantised (dequantise it first), or derived from others.
         """
-        if not self.weight.is_floating_point():
+        W = getattr(self.base, "weight", None)
+        if not isinstance(W, Tensor) or not W.is_floating_point():
+            what = W.dtype if isinstance(W, Tensor) else "no weight"
             raise ValueError(
-                f"expected a floating-point base, got {type(self.base).__name__} ({self.weight.dtype}): "
+                f"expected a floating-point base, got {type(self.base).__name__} ({what}): "
                 "lorakit.models.quantize.dequantize_model first"
             )
-        delta = self.delta_weight().T if is_conv1d(self.base) else self.delta_weight()  # as the base stores its weight
-        plain = copy.deepcopy(self.base)
-        W = weight_of(plain)
-        W.copy_(W.to(delta.dtype) + delta)
-        return plain.train(self.training)
+        return plus(self.base, self.delta_weight()).train(self.training)
 
     def removed(self) -> nn.Module:
         """The base, as it was before."""
@@ -149,8 +149,19 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's frozen weight, for model code that asks a layer for its dtype or device."""
-        return weight_of(self.base)
+        """The base's frozen weight, for model code that asks a layer for its dtype or device.
+
+        Code that computes with it, instead of calling the layer, gets `W + s B A`.
+        """
+        return ReadWeight.of(weight_of(self.base), self._effective_weight)
+
+    def _effective_weight(self) -> Tensor:
+        """`W + s B A`, as the base stores its weight."""
+        if self.drops:
+            raise ValueError(f"expected a layer that is called, got its weight read: {self.base} cannot have dropout")
+        stored, W = weight_of(self.base), dense_weight(self.base, self.A.dtype) + self.delta_weight()
+        W = W.to(stored.dtype) if stored.is_floating_point() else W.to(getattr(self.base, "dtype", W.dtype))
+        return W.T if is_conv1d(self.base) else W
 
     @property
     def bias(self) -> Tensor | None:

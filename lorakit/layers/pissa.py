@@ -4,7 +4,6 @@ Plain LoRA starts at `B = 0`, in random directions. Here A and B start as a part
 residual R, becomes the frozen base: the output is at first the same to rounding, and that part is what trains.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -12,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.layers.bases import dense_weight, is_conv1d, weight_of
+from lorakit.layers.bases import dense_weight
 from lorakit.layers.bnb import is_linear4bit
 from lorakit.layers.lora import LoRALinear, ScaleRule
 from lorakit.layers.lowrank import truncated_svd
+from lorakit.layers.trial import plus
 
 Factors = tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]
 
@@ -78,7 +78,9 @@ class PiSSALinear(LoRALinear):
         start: Callable[..., Factors] = pissa_start,
     ):
         super().__init__(base, rank, alpha, dropout, scale_rule)
-        if hasattr(base, "frozen_weight") or is_linear4bit(base) or not self.weight.is_floating_point():
+        W = getattr(base, "weight", None)
+        stored = hasattr(base, "frozen_weight") or is_linear4bit(base) or not isinstance(W, Tensor)
+        if stored or not W.is_floating_point():
             raise ValueError(f"expected a floating-point base, got {type(base).__name__}: inject first, then quantise")
         if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
             raise ValueError(f"expected rank <= min(d_out, d_in) and scale > 0, got {rank} and {self.scale:g}")
@@ -88,7 +90,7 @@ class PiSSALinear(LoRALinear):
             self.B.copy_(B)
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
-            self.base = _plus(base, -self.scale * self.B @ self.A)
+            self.base = plus(base, -self.scale * self.B @ self.A)
 
     @torch.no_grad()
     def learned_weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -106,7 +108,7 @@ class PiSSALinear(LoRALinear):
             raise ValueError(
                 f"expected a floating-point residual, got {type(self.base).__name__}: W cannot be had back"
             )
-        return _plus(self.base, self.scale * self.B0 @ self.A0)
+        return plus(self.base, self.scale * self.B0 @ self.A0)
 
     @torch.no_grad()
     def as_lora(self) -> tuple[Float[Tensor, "double d_in"], Float[Tensor, "d_out double"]]:
@@ -137,12 +139,3 @@ class PiSSALinear(LoRALinear):
                 raise ValueError("expected a file of PiSSALinear layers with this start, got one with another")
         self.A.copy_(A)
         self.B.copy_(B)
-
-
-def _plus(layer: nn.Module, delta: Tensor) -> nn.Module:
-    """A copy of a linear layer with `weight + delta`, summed in delta's dtype and rounded once to the weight's."""
-    W = weight_of(layer)
-    delta = delta.T if is_conv1d(layer) else delta
-    new = copy.deepcopy(layer, {id(W): W})  # a copy of all but the weight
-    new.weight = nn.Parameter((W.detach().to(delta.dtype) + delta).to(W.dtype), requires_grad=False)
-    return new

@@ -1,12 +1,14 @@
 """Put adapters into any model, count what trains, and take them out again: merged or removed."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
+from lorakit._random import alone
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.targets import find_targets
@@ -75,6 +77,17 @@ def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Mod
     return found
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """While it is open, a layer that refuses something is named."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError or repr(name) in str(error):
+            raise
+        raise ValueError(f"{error}, for layer {name!r}") from error
+
+
 def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """Replaces each named layer by `make(name, layer)`, freezes all but the new parameters, returns the model.
 
@@ -88,7 +101,8 @@ def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module]
         for name in names:
             base = model.get_submodule(name)
             if base not in made:
-                made[base] = make(name, base)
+                with named(name):
+                    made[base] = make(name, base)
     except BaseException:
         for parameter, grad in grads.items():
             parameter.requires_grad_(grad)
@@ -136,4 +150,6 @@ def inject(
     else:
         config = rank
     check_plain(model)
-    return wrap(model, find_targets(model, config.targets), config.make)
+    names = find_targets(model, config.targets)
+    with alone:  # another thread's training has the random state while it draws
+        return wrap(model, names, config.make)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.layers.bases import is_conv1d
+from lorakit.layers.bases import is_conv1d, is_plain, weight_of
 from lorakit.layers.lora import LoRALinear
-from lorakit.models.inject import adapters, places, shared_weights
+from lorakit.models.inject import adapters, named, places, shared_weights
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -57,12 +57,16 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
     shared = shared_weights(model)
     for name, layer in found.items():
         weight = getattr(layer.base, "weight", None)
-        if weight is None or not weight.is_floating_point():
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise ValueError(f"expected an adapter on a floating-point weight, got {type(layer).__name__} at {name}")
         if id(weight) in shared:
             raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
-    layers = list(dict.fromkeys(found.values()))
-    plain = {layer: layer.base if _can_be_undone(layer) else layer.merged() for layer in layers}
+    plain: dict[Any, nn.Module] = {}
+    for name, layer in found.items():
+        if layer not in plain:
+            with named(name):
+                plain[layer] = layer.base if _can_be_undone(layer) else layer.merged()
+    layers = list(plain)
     held = places(model, plain)
     added: list[LoRALinear] = []
     try:
@@ -89,7 +93,7 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
 def _can_be_undone(layer: Any) -> bool:
     """True if the update is `s B A`, in the weight's own dtype and wide enough to be subtracted again."""
     own = getattr(type(layer), "delta_weight", None) is LoRALinear.delta_weight
-    return own and layer.base.weight.dtype == layer.A.dtype
+    return own and is_plain(layer.base) and layer.base.weight.dtype == layer.A.dtype
 
 
 def _add(layer: LoRALinear, added: list[LoRALinear]) -> None:
@@ -104,14 +108,15 @@ def _add(layer: LoRALinear, added: list[LoRALinear]) -> None:
 
 @torch.no_grad()
 def _sum(layer: LoRALinear, sign: int) -> None:
-    weight = layer.weight.detach()
+    weight = weight_of(layer.base).detach()
     W = weight.T if is_conv1d(layer.base) else weight  # (d_out, d_in)
     W.addmm_(layer.B, layer.A, alpha=sign * layer.scale)
 
 
 def _unwrap(model: nn.Module, plain_of: Callable[[Any], nn.Module]) -> nn.Module:
-    for layer in set(adapters(model).values()):
-        plain_of(layer)  # whoever refuses does it now, when nothing has changed
+    for name, layer in adapters(model).items():
+        with named(name):
+            plain_of(layer)  # whoever refuses does it now, when nothing has changed
     plain: dict[nn.Module, nn.Module] = {}
     for parent, child, layer in places(model, set(adapters(model).values())):
         if layer not in plain:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.layers.bases import dense_weight, is_conv1d
+from lorakit.layers.bases import dense_weight, is_plain
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.models.inject import adapters, check_plain, replace, shared_weights
@@ -41,7 +41,7 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         layers = {name: model.get_submodule(name) for name in find_targets(model, targets)}
     layers = {name: each for name, each in layers.items() if not (isinstance(each, NF4Linear) or is_linear4bit(each))}
     for name, each in layers.items():
-        if not (type(each) is nn.Linear or is_conv1d(each)) or not each.weight.is_floating_point():
+        if not is_plain(each):
             raise ValueError(f"expected nn.Linear or Conv1D layers, got {type(each).__name__} at {name}")
         if id(each.weight) in shared:
             raise ValueError(

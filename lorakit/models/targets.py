@@ -7,21 +7,23 @@ from torch import nn
 
 from lorakit._suggest import near_names
 from lorakit.layers.bases import linear_shape
+from lorakit.layers.trial import check_linear
 
 HEAD_NAMES = ("score", "classifier")  # a classifier's output layer, as transformers names it
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear-like layers by name, in the model's order; a layer that is registered twice appears once."""
-    found = {}
-    for name, module in model.named_modules():
-        try:
-            linear_shape(module)
-        except ValueError:
-            continue
-        if name:
-            found[name] = module
-    return found
+    return {name: module for name, module in model.named_modules() if name and _why_not(module) is None}
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module is no linear layer; None if it is one."""
+    try:
+        check_linear(module, *linear_shape(module))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -80,8 +82,9 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
-    other = next((type(m).__name__ for name, m in model.named_modules() if name and is_named(name, target)), None)
+    other = next((m for name, m in model.named_modules() if name and is_named(name, target)), None)
     if other is not None:
-        return f"expected targets that are linear layers, got {target!r}, which is a {other}"
+        why = f": {_why_not(other)}" if hasattr(other, "out_features") else ""
+        return f"expected targets that are linear layers, got {target!r}, which is a {type(other).__name__}{why}"
     known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers)
     return f"expected targets that match a linear layer, {near_names(target, known)}"

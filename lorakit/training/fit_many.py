@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from lorakit._random import seeded
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
@@ -108,8 +108,7 @@ def fit_many(
 
 def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
     """The adapters that `inject` makes with this seed, taken out of the model again."""
-    with torch.random.fork_rng():
-        torch.manual_seed(spec.seed)
+    with seeded(spec.seed):
         inject(model, spec.config)
     layers = adapters(model)
     remove(model)
