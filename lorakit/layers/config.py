@@ -59,8 +59,12 @@ class LoRAConfig:
 
     def __post_init__(self):
         if not isinstance(self.targets, str):
+            if not isinstance(self.targets, Iterable):
+                raise ValueError(f"expected targets as names or one regular expression, got {self.targets!r}")
             object.__setattr__(self, "targets", tuple(self.targets))
         for name in ("settings", "rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"expected {name} as a dict, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dict(getattr(self, name)))
         pairs = [(self.rank, self.alpha)]
         pairs += [(rank, self.alpha) for rank in self.rank_pattern.values()]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from itertools import chain
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._numbers import is_number
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import dense_weight, frozen_weight, is_conv1d, linear_shape, weight_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
@@ -33,18 +33,18 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
-    if not isinstance(dropout, Real) or not 0.0 <= dropout < 1.0:
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
     if scale_rule not in SCALE_RULES if isinstance(scale_rule, str) else not callable(scale_rule):
         raise ValueError(
             f"expected scale_rule in {sorted(SCALE_RULES)} or a function (alpha, rank), got {scale_rule!r}"
         )
-    if not isinstance(alpha, Real) or not math.isfinite(alpha):
+    if not is_number(alpha) or not math.isfinite(alpha):
         raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
-    scale = float((SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank))
-    if not math.isfinite(scale):
+    scale = (SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank)
+    if not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"expected a finite scale, got {scale} from alpha {alpha!r}")
-    return scale
+    return float(scale)
 
 
 class LoRALinear(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit._numbers import check_integer, check_positive
 from lorakit.layers.bases import dense_weight
 from lorakit.layers.bnb import is_linear4bit
 from lorakit.layers.lora import LoRALinear, ScaleRule
@@ -30,6 +31,10 @@ def pissa_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float, niter: 
         niter: None for the exact SVD; else that many power iterations of a randomised one (Halko et al. 2011,
             arXiv:0909.4061), which draws random numbers and is many times faster on large matrices.
     """
+    _check_start(W, rank)
+    if niter is not None:
+        check_integer("niter", niter, 0)
+    check_positive("scale", scale)
     if niter is None:
         U, S, Vh = truncated_svd(W, rank)
     else:
@@ -41,6 +46,7 @@ def pissa_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float, niter: 
 
 def olora_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float) -> Factors:
     """The first columns of Q and rows of R in `W = Q R`: B orthonormal (OLoRA, Büyükakyüz 2024, arXiv:2406.01775)."""
+    _check_start(W, rank)
     Q, R = torch.linalg.qr(W)
     return Q[:, :rank], R[:rank]
 
@@ -139,3 +145,9 @@ class PiSSALinear(LoRALinear):
                 raise ValueError("expected a file of PiSSALinear layers with this start, got one with another")
         self.A.copy_(A)
         self.B.copy_(B)
+
+
+def _check_start(W: Tensor, rank: int) -> None:
+    if W.ndim != 2 or not W.is_floating_point() or not W.isfinite().all():
+        raise ValueError(f"expected a matrix of finite numbers, got {W.dtype} of shape {tuple(W.shape)}")
+    check_integer("rank", rank, 1, min(W.shape))

@@ -5,6 +5,7 @@ quantised ones that pass no gradient on. And a layer may compute with something 
 is derived anew at each call, as under weight normalisation, or scaled, as in eight bits.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
@@ -30,27 +31,27 @@ def check_linear(layer: nn.Module, d_out: int, d_in: int) -> None:
     """
     if is_known(layer):
         return
-    kind, y, why = type(layer).__name__, None, ""
-    with _undisturbed(layer):
+    kind, y, g, why = type(layer).__name__, None, None, ""
+    with _undisturbed(layer), torch.enable_grad():
         one, two = _rows(d_in, 0.0), _rows(d_in, 1.0)
         inputs = torch.cat([0 * one, one, two, one + two])
         for dtype in _dtypes(layer):
             x = inputs.to(_device(layer), dtype).requires_grad_(True)
             try:
-                with torch.enable_grad():
-                    y = layer(x)
+                y = layer(x)
                 break
             except Exception as error:
                 why = " ".join(str(error).split())[:200]
+        if isinstance(y, Tensor):
+            with contextlib.suppress(RuntimeError):
+                (g,) = torch.autograd.grad(y.sum(), x)
     if y is None:
         raise ValueError(f"expected a linear layer, got {kind}, which does not answer rows of numbers: {why}")
     if not isinstance(y, Tensor) or y.shape != (len(inputs), d_out):
         what = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(f"expected a linear layer, got {kind}, which returns {what} for {len(inputs)} rows")
-    try:
-        (g,) = torch.autograd.grad(y.sum(), x)
-    except RuntimeError:
-        raise ValueError(f"expected a linear layer, got {kind}, which passes no gradient on to its input") from None
+    if g is None:
+        raise ValueError(f"expected a linear layer, got {kind}, which passes no gradient on to its input")
     if _has_values(y):
         nothing, first, second, both = y.detach().double().chunk(4)
         slope = (g[2:4] * x[2:4]).double().sum(1) - (first - nothing).sum(1)

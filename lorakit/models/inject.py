@@ -149,6 +149,8 @@ def inject(
         )
     else:
         config = rank
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
     check_plain(model)
     names = find_targets(model, config.targets)
     with alone:  # another thread's training has the random state while it draws

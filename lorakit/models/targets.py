@@ -1,7 +1,7 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -58,6 +58,15 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
     Raises:
         ValueError: a target chooses nothing (the message lists near names), or is not a valid expression.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
+    if not isinstance(targets, str):
+        names = (
+            list(targets) if isinstance(targets, Iterable) and not isinstance(targets, Mapping | bytes) else [targets]
+        )
+        if any(not isinstance(name, str) for name in names):
+            raise ValueError(f"expected targets as names or one regular expression, got {targets!r}")
+        targets = names
     layers = linear_layers(model)
     if isinstance(targets, str) and targets == "all-linear":
         heads = output_heads(model)

@@ -1,6 +1,5 @@
 """One plain training loop: whatever requires a gradient is trained, on the completion's tokens alone."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit._numbers import check_integer, check_positive
 from lorakit._progress import Progress
 from lorakit._random import Stream
 from lorakit.speed.accelerated import Report, accelerated
-from lorakit.training.batch import IGNORE, Example, collate, pack, rows_of, spans
+from lorakit.training.batch import IGNORE, Example, check_examples, collate, pack, rows_of, spans
 from lorakit.training.loss import token_losses
 from lorakit.training.optim import loraplus_groups
 from lorakit.training.recipe import Recipe, batches
@@ -93,6 +93,12 @@ def fit(
         FloatingPointError: the loss or a gradient is NaN or infinite. The model keeps the last finite weights.
     """
     recipe = Recipe.of(recipe, numbers)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
+    for what, function in (("optimizer", optimizer), ("after_step", after_step)):
+        if function is not None and not callable(function):
+            raise ValueError(f"expected {what} as a function, got {function!r}")
+    check_positive("loraplus_ratio", loraplus_ratio)
     groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
     run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
     train(model, [run], recipe, accelerate, show, optimizer, after_step)
@@ -212,14 +218,13 @@ def _note(history: History, loss: float, lr: float, tokens: int, seconds: float,
 def _check(model: nn.Module, run: Run) -> None:
     if not run.params:
         raise ValueError("expected parameters that require a gradient, got none: inject() adapters first")
-    if not run.examples:
-        raise ValueError("expected at least one example, got none")
-    if not (run.lr > 0 and math.isfinite(run.lr)):
-        raise ValueError(f"expected a finite lr > 0, got {run.lr}")
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for example in run.examples)
-    if context is not None and longest > context:
-        raise ValueError(f"expected examples of at most {context} tokens, the model's context, got {longest}")
+    if any(p.is_inference() for p in run.params):
+        raise ValueError("expected parameters that can train, got some made inside of torch.inference_mode()")
+    if isinstance(run.examples, Example) or not run.examples:
+        raise ValueError("expected a list with at least one example, got none")
+    check_examples(model, run.examples)
+    check_positive("lr", run.lr)
+    check_integer("seed", run.seed, -(2**63), 2**64 - 1)
 
 
 def _check_held(model: nn.Module, runs: Sequence[Run], step: int) -> None:

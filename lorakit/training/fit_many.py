@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from lorakit._numbers import check_integer, check_positive
 from lorakit._random import seeded
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
 from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
-from lorakit.training.batch import Example
+from lorakit.training.batch import Example, check_examples
 from lorakit.training.fit import History, Run, train
 from lorakit.training.recipe import Recipe
 
@@ -81,6 +82,12 @@ def fit_many(
     """
     specs, recipe = list(specs), Recipe.of(recipe, numbers)
     own: list[Any] = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
+    if any(not isinstance(spec, Spec) for spec in specs):
+        raise ValueError("expected Specs, got something else")
+    for texts, spec in zip(own, specs, strict=False):
+        check_positive("lr", spec.lr)
+        check_integer("seed", spec.seed, -(2**63), 2**64 - 1)
+        check_examples(model, [texts] if isinstance(texts, str) else texts)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
     check_plain(model)
