@@ -73,9 +73,12 @@ class LoRAConfig:
             checked_scale(rank, alpha, self.dropout, self.scale_rule)
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             _compiled(pattern)
-        if not callable(self.layer):
+        if not callable(self.layer) or (isinstance(self.layer, nn.Module)):
             raise ValueError(f"expected an adapter's class as layer, got {self.layer!r}")
-        known = inspect.signature(self.layer).parameters
+        try:
+            known = inspect.signature(self.layer).parameters
+        except ValueError:
+            raise ValueError(f"expected an adapter's class as layer, got {self.layer!r}") from None
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             for name in self._keywords():
                 if name not in known:

@@ -52,6 +52,8 @@ class DoRALinear(LoRALinear):
         with torch.no_grad():
             W = dense_weight(base, self.A.dtype)
             check_weight(base, W)
+            if not (W.is_meta or W.isfinite().all()):
+                raise ValueError("expected a finite weight, got NaN or infinity")
             self.magnitude = nn.Parameter(self.row_norms(W))
 
     def row_norms(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:

@@ -41,7 +41,10 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
         )
     if not is_number(alpha) or not math.isfinite(alpha):
         raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
-    scale = (SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank)
+    try:
+        scale = (SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank)
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"expected a scale of alpha {alpha!r} and rank {rank}, got an error: {error}") from error
     if not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"expected a finite scale, got {scale} from alpha {alpha!r}")
     return float(scale)
@@ -115,7 +118,10 @@ class LoRALinear(nn.Module):
                 f"expected a floating-point base, got {type(self.base).__name__} ({what}): "
                 "lorakit.models.quantize.dequantize_model first"
             )
-        return plus(self.base, self.delta_weight()).train(self.training)
+        delta = self.delta_weight()
+        if not (delta.is_meta or delta.isfinite().all()):
+            raise ValueError("expected a finite update, got NaN or infinity")
+        return plus(self.base, delta).train(self.training)
 
     def removed(self) -> nn.Module:
         """The base, as it was before."""

@@ -91,7 +91,12 @@ class PiSSALinear(LoRALinear):
         if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
             raise ValueError(f"expected rank <= min(d_out, d_in) and scale > 0, got {rank} and {self.scale:g}")
         with torch.no_grad():
+            if not callable(start):
+                raise ValueError(f"expected start as a function, got {start!r}")
             B, A = start(dense_weight(base, self.A.dtype), rank, self.scale)
+            if B.shape != self.B.shape or A.shape != self.A.shape:
+                shapes = tuple(self.B.shape), tuple(self.A.shape)
+                raise ValueError(f"expected a start of shapes {shapes}, got {tuple(B.shape)}, {tuple(A.shape)}")
             self.A.copy_(A)
             self.B.copy_(B)
             self.register_buffer("A0", self.A.detach().clone())

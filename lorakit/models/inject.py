@@ -32,8 +32,15 @@ class Count:
         return f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.2f} %)"
 
 
+def check_module(model: nn.Module) -> None:
+    """Refuses what is no module, such as a model's name."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
+
+
 def count(model: nn.Module) -> Count:
     """Counts the trainable and all parameters of a model, adapters included."""
+    check_module(model)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Count(sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes))
 
@@ -45,11 +52,13 @@ def is_adapter(module: nn.Module) -> bool:
 
 def adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters in a model by the name of the layer each one wraps, in the model's order."""
+    check_module(model)
     return {name: module for name, module in model.named_modules() if is_adapter(module)}
 
 
 def shared_weights(model: nn.Module) -> set[int]:
     """The `id` of every parameter that the model holds in more than one place."""
+    check_module(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {place for place, times in uses.items() if times > 1}
 
@@ -149,8 +158,6 @@ def inject(
         )
     else:
         config = rank
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a model, got {type(model).__name__}")
     check_plain(model)
     names = find_targets(model, config.targets)
     with alone:  # another thread's training has the random state while it draws

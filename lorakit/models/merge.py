@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import is_conv1d, is_plain, weight_of
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.inject import adapters, named, places, shared_weights
@@ -61,6 +62,8 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
             raise ValueError(f"expected an adapter on a floating-point weight, got {type(layer).__name__} at {name}")
         if id(weight) in shared:
             raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
+        if not all(p.isfinite().all() for p in own_parameters(layer).values() if p.is_floating_point()):
+            raise ValueError(f"expected finite adapters, got NaN or infinity in that of {name}")
     plain: dict[Any, nn.Module] = {}
     for name, layer in found.items():
         if layer not in plain:

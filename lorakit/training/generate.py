@@ -56,6 +56,8 @@ def greedy(
     Raises:
         ValueError: a prompt without tokens or without room in the context, an empty stop, or a number out of range.
     """
+    if not callable(tokenizer) or not hasattr(model, "generate"):
+        raise ValueError(f"expected a model with generate() and its tokenizer, got {type(model).__name__}")
     check_integer("max_new_tokens", max_new_tokens)
     check_integer("batch_size", batch_size)
     if isinstance(prompts, str) or any(not isinstance(prompt, str) for prompt in prompts):

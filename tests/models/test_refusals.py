@@ -116,7 +116,7 @@ def test_a_refusal_changes_nothing(case):
     if prepare is valueless:
         model.forward = lambda **_: type("Answer", (), {"logits": torch.zeros(1)})  # it cannot answer
     before = picture(model)
-    with pytest.raises(ValueError, match="^expected"):
+    with pytest.raises(ValueError, match=r"^expected"):
         act(model)
     after = picture(model)
     assert [key for key in before if not same(before[key], after[key])] == []
