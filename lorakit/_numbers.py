@@ -11,7 +11,7 @@ def check_integer(what: str, value: Any, least: int = 1, most: float = math.inf)
     Raises:
         ValueError: says what was expected.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"expected {what} as an integer {limits}, got {value!r}")
 

@@ -20,13 +20,15 @@ ATTRIBUTES += ("is_sparse", "is_quantized", "is_leaf", "requires_grad", "grad_fn
 class ReadWeight(Tensor):
     """A stored weight's description; whatever computes with it gets `value()` instead."""
 
+    stored: Tensor
     value: Callable[[], Tensor]
 
     @classmethod
     def of(cls, stored: Tensor, value: Callable[[], Tensor]) -> Tensor:
         """A description of `stored` that stands for `value()`."""
-        read: Any = stored.detach().as_subclass(cls)
-        read.value = value
+        stored = stored.stored if isinstance(stored, cls) else stored.detach()
+        read: Any = stored.as_subclass(cls)
+        read.stored, read.value = stored, value
         return read
 
     @classmethod
