@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit._numbers import check_integer
 from lorakit._suggest import near_names
 from lorakit.cost.configs import find_config
 from lorakit.cost.fake_step import PlainLoRA, quantize, rehearse
@@ -121,6 +122,10 @@ def budget(
     _check_name("a method", method, METHODS)
     _check_name("a dtype", dtype, DTYPES)
     _check_name("an optimizer", optimizer, OPTIMIZERS)
+    check_integer("batch_size", batch_size)
+    check_integer("tokens", tokens)
+    if method != "full":
+        check_integer("rank", rank)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if batch_size < 1 or not 1 <= tokens <= context:
         raise ValueError(f"expected batch_size >= 1 and 1 <= tokens <= {context}, got {batch_size} and {tokens}")
@@ -186,5 +191,5 @@ def _flops(n: int) -> str:
 
 
 def _check_name(what: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"expected {what}, {near_names(value, known)}")
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"expected {what}, {near_names(str(value), known)}")

@@ -57,13 +57,13 @@ class Stored(nn.Module):
         for name, (size, dtype) in sizes.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype))
 
-    def make_weight(self, dtype: torch.dtype) -> Tensor:
+    def frozen_weight(self, dtype: torch.dtype) -> Tensor:
         """A tensor of the weight's shape, (d_out, d_in)."""
         return torch.empty(self.out_features, self.in_features, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Values that mean nothing, of the layer's shape."""
-        return frozen_linear(x, partial(self.make_weight, x.dtype), self.bias)
+        return frozen_linear(x, partial(self.frozen_weight, x.dtype), self.bias)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
 
+from lorakit._random import seeded
 from lorakit.layers.config import LoRAConfig
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
@@ -228,8 +228,7 @@ def _one(
     setting: Setting, taught: list[Example], task: Task, tests: dict[str, list[Any]], shared: dict[str, Any]
 ) -> dict[str, Any]:
     model, tokenizer = load_model(setting.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.seed)
+    with seeded(setting.seed):
         if setting.config:
             inject(model, setting.config)
         else:

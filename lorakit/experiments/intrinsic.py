@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from lorakit._random import seeded
 from lorakit.layers.subspace import RandomSubspace
 from lorakit.models.inject import count, inject
 from lorakit.training.batch import Example
@@ -33,8 +33,7 @@ class Arm:
         if self.kind == "subspace":
             return RandomSubspace(model, self.size, seed), self.size
         if self.kind == "lora":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 inject(model, rank=self.size, alpha=2 * self.size)
         return model, count(model).trainable
 

@@ -1,5 +1,6 @@
 """What may be wrapped: linear layers of any kind, their shape, and how their frozen weight is read."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -18,7 +19,23 @@ Weight = Tensor | Callable[[], Tensor]  # of shape (d_out, d_in), or what makes 
 
 def is_conv1d(module: nn.Module) -> TypeGuard[Any]:
     """True for GPT-2's `Conv1D`, a linear layer that stores its weight as (d_in, d_out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module) is library.Conv1D
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True for an `nn.Linear` or a `Conv1D` that computes with its weight as it is, in a dtype that one computes in.
+
+    A subclass may do something else, and a weight that is derived from others is no parameter.
+    """
+    usual = type(module) is nn.Linear or is_conv1d(module)
+    weight = module._parameters.get("weight") if usual else None
+    return weight is not None and weight.is_floating_point() and weight.element_size() > 1
+
+
+def is_known(module: nn.Module) -> bool:
+    """True for a layer that is linear by its class, and whose weight `dense_weight` reads rightly."""
+    return is_plain(module) or is_linear4bit(module) or hasattr(module, "frozen_weight")
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -52,9 +69,9 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Weight | None:
         return partial(own, x.dtype)
     if is_linear4bit(base):
         return partial(dequantized, base, x.dtype) if base.compute_dtype in (None, x.dtype) else None
-    if not (type(base) is nn.Linear or is_conv1d(base)) or type(base.weight) is not nn.Parameter:
+    if not is_plain(base) or type(base.weight) is not nn.Parameter:
         return None
-    W = base.weight.detach()
+    W = weight_of(base).detach()
     return (W.T if is_conv1d(base) else W) if W.dtype == x.dtype and W.dtype in FLOATS else None
 
 
@@ -69,7 +86,7 @@ def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_
         return own(dtype)
     if is_linear4bit(base):
         return dequantized(base, dtype)
-    if not has_float_weight(base):
+    if not has_float_weight(base) or weight_of(base).ndim != 2:
         raise ValueError(f"expected a weight that can be read, got {storage_of(base)}")
     W = weight_of(base).detach().to(dtype)
     return W.T if is_conv1d(base) else W

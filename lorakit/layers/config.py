@@ -61,8 +61,12 @@ class LoRAConfig:
 
     def __post_init__(self):
         if not isinstance(self.targets, str):
+            if not isinstance(self.targets, Iterable):
+                raise ValueError(f"expected targets as names or one regular expression, got {self.targets!r}")
             object.__setattr__(self, "targets", tuple(self.targets))
         for name in ("settings", "rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"expected {name} as a dict, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dict(getattr(self, name)))
         pairs = [(self.rank, self.alpha)]
         pairs += [(rank, self.alpha) for rank in self.rank_pattern.values()]
@@ -71,9 +75,12 @@ class LoRAConfig:
             checked_scale(rank, alpha, self.dropout, self.scale_rule)
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             _compiled(pattern)
-        if not callable(self.layer):
+        if not callable(self.layer) or (isinstance(self.layer, nn.Module)):
             raise ValueError(f"expected an adapter's class as layer, got {self.layer!r}")
-        known = inspect.signature(self.layer).parameters
+        try:
+            known = inspect.signature(self.layer).parameters
+        except ValueError:
+            raise ValueError(f"expected an adapter's class as layer, got {self.layer!r}") from None
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             for name in self._keywords():
                 if name not in known:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lorakit.layers.bases import dense_weight, frozen_weight
 from lorakit.layers.fused import lora_linear
 from lorakit.layers.lora import LoRALinear, ScaleRule
+from lorakit.layers.trial import check_weight
 
 
 class DoRALinear(LoRALinear):
@@ -49,7 +50,11 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, alpha, dropout, scale_rule)
         self.detach_norm = detach_norm
         with torch.no_grad():
-            self.magnitude = nn.Parameter(self.row_norms(dense_weight(base, self.A.dtype)))
+            W = dense_weight(base, self.A.dtype)
+            check_weight(base, W)
+            if not (W.is_meta or W.isfinite().all()):
+                raise ValueError("expected a finite weight, got NaN or infinity")
+            self.magnitude = nn.Parameter(self.row_norms(W))
 
     def row_norms(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
         """||W + s B A|| of each row, from |w|^2 + 2 s b (A w) + s^2 b (A A') b' with w, b rows: B A is never formed."""

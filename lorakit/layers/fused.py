@@ -43,9 +43,12 @@ def lora_linear(
     Returns:
         y in x's dtype.
     """
+    flat = x.reshape(-1, x.shape[-1])  # (n, d_in)
     if torch.is_grad_enabled():
-        return _LoRALinear.apply(x, A, B, weight, bias, scale)
-    return _forward(x, A, B, weight, bias, scale)[0]
+        y = _LoRALinear.apply(flat, A, B, weight, bias, scale)
+    else:
+        y = _forward(flat, A, B, weight, bias, scale)[0]
+    return y.view(*x.shape[:-1], len(B))  # here: what an autograd function returns as a view can't change in place
 
 
 def frozen_linear(
@@ -57,11 +60,9 @@ def frozen_linear(
 
 def _forward(x, A, B, weight, bias, scale):
     """y, and what the backward pass needs: A and B in x's dtype, x A', and W."""
-    W, flat = weight() if callable(weight) else weight, x.reshape(-1, x.shape[-1])  # (n, d_in)
-    a, b = A.to(x.dtype), B.to(x.dtype)
-    xa = flat @ a.T  # (n, rank)
-    y = F.linear(flat, W, bias).addmm_(xa, b.T, alpha=scale)  # (n, d_out)
-    return y.view(*x.shape[:-1], W.shape[0]), a, b, xa, W
+    W, a, b = weight() if callable(weight) else weight, A.to(x.dtype), B.to(x.dtype)
+    xa = x @ a.T  # (n, rank)
+    return F.linear(x, W, bias).addmm_(xa, b.T, alpha=scale), a, b, xa, W  # (n, d_out)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -87,16 +88,15 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, A, B, a, b, xa, *W = ctx.saved_tensors
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (n, d_in), (n, d_out)
         if torch.is_grad_enabled():  # a second derivative is wanted: what was computed must depend on x, A and B
             a, b = A.to(x.dtype), B.to(x.dtype)
-            xa = flat @ a.T
+            xa = x @ a.T
         dxa = (dy @ b) * ctx.scale  # (n, rank)
         dx = dA = dB = None
         if needs_A:
-            dA = (dxa.T @ flat).to(A.dtype)
+            dA = (dxa.T @ x).to(A.dtype)
         if needs_B:
             dB = ((xa * ctx.scale).T @ dy).T.to(B.dtype)  # faster than dy.T @ ...
         if needs_x:
-            dx = (dy @ (W[0] if W else ctx.weight())).addmm_(dxa, a).view(x.shape)
+            dx = (dy @ (W[0] if W else ctx.weight())).addmm_(dxa, a)
         return dx, dA, dB, None, None, None

@@ -1,9 +1,7 @@
 """LoRA: a frozen linear layer plus a trainable product of two thin matrices (Hu et al. 2021, arXiv:2106.09685)."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._numbers import is_number
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import (
     factors_like,
@@ -23,6 +22,8 @@ from lorakit.layers.bases import (
 )
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.fused import lora_linear
+from lorakit.layers.read_weight import ReadWeight
+from lorakit.layers.trial import check_linear, plus
 
 ScaleRule = str | Callable[[float, int], float]  # a name of SCALE_RULES, or a function (alpha, rank) -> s
 SCALE_RULES: dict[str, Callable[[float, int], float]] = {
@@ -39,22 +40,24 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
-    if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
     if scale_rule not in SCALE_RULES if isinstance(scale_rule, str) else not callable(scale_rule):
         raise ValueError(
             f"expected scale_rule in {sorted(SCALE_RULES)} or a function (alpha, rank), got {scale_rule!r}"
         )
-    if not isinstance(alpha, Real) or isinstance(alpha, bool):
+    if not is_number(alpha):
         raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
     try:
-        scale = float((SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank))
-        finite = math.isfinite(alpha) and math.isfinite(scale)
+        scale = (SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank)
+        finite = is_number(scale) and math.isfinite(alpha) and math.isfinite(scale)
     except OverflowError:  # integers that no float holds
         scale, finite = math.inf, False
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"expected a scale of alpha {alpha!r} and rank {rank}, got an error: {error}") from error
     if not finite:
         raise ValueError(f"expected a finite scale, got {scale} from alpha {alpha!r}")
-    return scale
+    return float(scale)
 
 
 class LoRALinear(nn.Module):
@@ -85,6 +88,7 @@ class LoRALinear(nn.Module):
         self.scale = checked_scale(rank, alpha, dropout, scale_rule)
         self.rank, self.alpha, self.scale_rule = rank, alpha, scale_rule
         d_out, d_in = linear_shape(base)
+        check_linear(base, d_out, d_in)
         if is_linear4bit(base):
             keep_order(base)
         dtype, device = factors_like(base)
@@ -115,18 +119,17 @@ class LoRALinear(nn.Module):
         """A copy of the base with weight `W + s B A`, summed in the adapter's dtype and rounded once to the base's.
 
         Raises:
-            ValueError: the base's weight is quantised; dequantise it first.
+            ValueError: the base's weight is quantised (dequantise it first), or derived from others.
         """
         if not has_float_weight(self.base):
             raise ValueError(
                 f"expected a floating-point base, got {storage_of(self.base)}: "
                 "lorakit.models.quantize.dequantize_model first"
             )
-        delta = self.delta_weight().T if is_conv1d(self.base) else self.delta_weight()  # as the base stores its weight
-        plain = copy.deepcopy(self.base)
-        W = weight_of(plain)
-        W.copy_(W.to(delta.dtype) + delta)
-        return plain.train(self.training)
+        delta = self.delta_weight()
+        if not (delta.is_meta or delta.isfinite().all()):
+            raise ValueError("expected a finite update, got NaN or infinity")
+        return plus(self.base, delta).train(self.training)
 
     def removed(self) -> nn.Module:
         """The base, as it was before."""
@@ -160,8 +163,19 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's frozen weight, for model code that asks a layer for its dtype or device."""
-        return weight_of(self.base)
+        """The base's frozen weight, for model code that asks a layer for its dtype or device.
+
+        Code that computes with it, instead of calling the layer, gets `W + s B A`.
+        """
+        return ReadWeight.of(weight_of(self.base), self._effective_weight)
+
+    def _effective_weight(self) -> Tensor:
+        """`W + s B A`, as the base stores its weight."""
+        if self.drops:
+            raise ValueError(f"expected a layer that is called, got its weight read: {self.base} cannot have dropout")
+        stored, W = weight_of(self.base), dense_weight(self.base, self.A.dtype) + self.delta_weight()
+        W = W.to(stored.dtype) if stored.is_floating_point() else W.to(getattr(self.base, "dtype", W.dtype))
+        return W.T if is_conv1d(self.base) else W
 
     @property
     def bias(self) -> Tensor | None:

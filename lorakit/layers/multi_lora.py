@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lorakit.layers.bases import frozen_weight, weight_of
 from lorakit.layers.lora import LoRALinear
+from lorakit.layers.read_weight import ReadWeight
 
 
 class LoRAStack(nn.Module):
@@ -64,13 +65,21 @@ class LoRAStack(nn.Module):
             parts, at = list(x.chunk(len(self.A))), dict(zip(self.places, self.layers, strict=True))
             return torch.cat([at[k].formula(part) if k in at else self.base(part) for k, part in enumerate(parts)])
         parameters = [p for layer in self.layers for p in (layer.A, layer.B)]
-        bias = getattr(self.base, "bias", None)
-        return _LoRAStack.apply(x, self.A, self.Bt, self.scales, W, bias, self.places, *parameters)
+        y = _LoRAStack.apply(x, self.A, self.Bt, self.scales, W, self.bias, self.places, *parameters)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @property
     def weight(self) -> Tensor:
         """The base's frozen weight, for model code that asks a layer for its dtype or device."""
-        return weight_of(self.base)
+        return ReadWeight.of(weight_of(self.base), self._read)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's frozen bias."""
+        return getattr(self.base, "bias", None)
+
+    def _read(self) -> Tensor:
+        raise ValueError(f"expected layer {self.name} to be called, got its weight read: train its adapters one by one")
 
     def release(self) -> None:
         """Gives the adapters matrices of their own again."""
@@ -88,7 +97,7 @@ class _LoRAStack(torch.autograd.Function):
         ctx.save_for_backward(parts, xa, A, Bt, s, *([] if callable(weight) else [W]))
         ctx.weight, ctx.places = weight if callable(weight) else None, places
         ctx.ranks, ctx.shape = [len(p) for p in parameters[::2]], x.shape
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

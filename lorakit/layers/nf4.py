@@ -8,12 +8,16 @@ Codes and absmax are bit for bit those of bitsandbytes 0.50 on a CPU, whose orde
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
+
+from lorakit._numbers import is_number
 
 BLOCK_SIZE, ABSMAX_BLOCK_SIZE = 64, 256  # values of a weight that share an absmax; absmax values that share theirs
 OFFSET = 0.9677083  # the outermost quantile: 1 - (1/32 + 1/30) / 2, rounded as in QLoRA's code
@@ -78,10 +82,11 @@ def quantize(
     """
     if not x.is_floating_point() or not x.numel():
         raise ValueError(f"expected floating-point values, got {x.dtype} of shape {tuple(x.shape)}")
-    if block_size < 2 or block_size % 2:
-        raise ValueError(f"expected an even block size, got {block_size}")
-    if not 2 <= len(codebook) <= 16:
-        raise ValueError(f"expected a codebook of 2 to 16 numbers, got {len(codebook)}")
+    if not isinstance(block_size, Integral) or block_size < 2 or block_size % 2:
+        raise ValueError(f"expected an even block size, got {block_size!r}")
+    numbers = isinstance(codebook, Sequence) and all(is_number(c) and math.isfinite(c) for c in codebook)
+    if not numbers or not 2 <= len(codebook) <= 16:
+        raise ValueError(f"expected a codebook of 2 to 16 numbers, got {codebook!r}")
     ascending, order = torch.tensor(codebook, dtype=torch.float32, device=x.device).sort(stable=True)
     middles = ((ascending[1:] + ascending[:-1]) / 2).tolist()
     in_order, order = bool((order.diff() > 0).all()), order.to(torch.uint8)

@@ -3,10 +3,10 @@
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.layers.bases import has_float_weight, is_conv1d, storage_of, weight_of
+from lorakit.layers.bases import is_conv1d, is_plain, storage_of, weight_of
 from lorakit.layers.fused import frozen_linear
 from lorakit.layers.nf4 import (
     BLOCK_SIZE,
@@ -17,6 +17,7 @@ from lorakit.layers.nf4 import (
     quantize,
     quantize_absmax,
 )
+from lorakit.layers.read_weight import ReadWeight
 
 
 class NF4Linear(nn.Module):
@@ -50,7 +51,7 @@ class NF4Linear(nn.Module):
         codebook: tuple[float, ...] = NF4,
     ):
         super().__init__()
-        if not (type(linear) is nn.Linear or is_conv1d(linear)) or not has_float_weight(linear):
+        if not is_plain(linear):
             raise ValueError(f"expected an nn.Linear or a Conv1D, got {storage_of(linear)}")
         W = weight_of(linear).detach()
         W = W.T if is_conv1d(linear) else W
@@ -74,9 +75,16 @@ class NF4Linear(nn.Module):
         return dequantize(self.codes, absmax, shape, dtype or self.dtype, self.codebook, self.block_size)
 
     @property
-    def weight(self) -> Int8[Tensor, " n_bytes"]:
-        """The codes as int8, by which model code that looks at a layer's dtype knows quantised weights."""
-        return self.codes.view(torch.int8)
+    def weight(self) -> Tensor:
+        """The codes as int8, by which model code that looks at a layer's dtype knows quantised weights.
+
+        Code that computes with it, instead of calling the layer, gets W.
+        """
+        return ReadWeight.of(self.codes.view(torch.int8), self._stored_weight)
+
+    def _stored_weight(self) -> Tensor:
+        """W as the quantised layer stored it."""
+        return self.frozen_weight().T if self.source_cls is not nn.Linear else self.frozen_weight()
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -4,7 +4,6 @@ Plain LoRA starts at `B = 0`, in random directions. Here A and B start as a part
 residual R, becomes the frozen base: the output is at first the same to rounding, and that part is what trains.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -12,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.layers.bases import dense_weight, has_float_weight, is_conv1d, weight_of
+from lorakit._numbers import check_integer, check_positive
+from lorakit.layers.bases import dense_weight, has_float_weight
 from lorakit.layers.bnb import is_linear4bit
 from lorakit.layers.lora import LoRALinear, ScaleRule
 from lorakit.layers.lowrank import truncated_svd
+from lorakit.layers.trial import plus
 
 Factors = tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]
 
@@ -30,6 +31,10 @@ def pissa_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float, niter: 
         niter: None for the exact SVD; else that many power iterations of a randomised one (Halko et al. 2011,
             arXiv:0909.4061), which draws random numbers and is many times faster on large matrices.
     """
+    _check_start(W, rank)
+    if niter is not None:
+        check_integer("niter", niter, 0)
+    check_positive("scale", scale)
     if niter is None:
         U, S, Vh = truncated_svd(W, rank)
     else:
@@ -41,6 +46,7 @@ def pissa_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float, niter: 
 
 def olora_start(W: Float[Tensor, "d_out d_in"], rank: int, scale: float) -> Factors:
     """The first columns of Q and rows of R in `W = Q R`: B orthonormal (OLoRA, Büyükakyüz 2024, arXiv:2406.01775)."""
+    _check_start(W, rank)
     Q, R = torch.linalg.qr(W)
     return Q[:, :rank], R[:rank]
 
@@ -83,12 +89,17 @@ class PiSSALinear(LoRALinear):
         if rank > min(self.A.shape[1], self.B.shape[0]) or self.scale <= 0:
             raise ValueError(f"expected rank <= min(d_out, d_in) and scale > 0, got {rank} and {self.scale:g}")
         with torch.no_grad():
+            if not callable(start):
+                raise ValueError(f"expected start as a function, got {start!r}")
             B, A = start(dense_weight(base, self.A.dtype), rank, self.scale)
+            if B.shape != self.B.shape or A.shape != self.A.shape:
+                shapes = tuple(self.B.shape), tuple(self.A.shape)
+                raise ValueError(f"expected a start of shapes {shapes}, got {tuple(B.shape)}, {tuple(A.shape)}")
             self.A.copy_(A)
             self.B.copy_(B)
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
-            self.base = _plus(base, -self.scale * self.B @ self.A)
+            self.base = plus(base, -self.scale * self.B @ self.A)
 
     @torch.no_grad()
     def learned_weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -106,7 +117,7 @@ class PiSSALinear(LoRALinear):
             raise ValueError(
                 f"expected a floating-point residual, got {type(self.base).__name__}: W cannot be had back"
             )
-        return _plus(self.base, self.scale * self.B0 @ self.A0)
+        return plus(self.base, self.scale * self.B0 @ self.A0)
 
     @torch.no_grad()
     def as_lora(self) -> tuple[Float[Tensor, "double d_in"], Float[Tensor, "d_out double"]]:
@@ -139,10 +150,7 @@ class PiSSALinear(LoRALinear):
         self.B.copy_(B)
 
 
-def _plus(layer: nn.Module, delta: Tensor) -> nn.Module:
-    """A copy of a linear layer with `weight + delta`, summed in delta's dtype and rounded once to the weight's."""
-    W = weight_of(layer)
-    delta = delta.T if is_conv1d(layer) else delta
-    new = copy.deepcopy(layer, {id(W): W})  # a copy of all but the weight
-    new.weight = nn.Parameter((W.detach().to(delta.dtype) + delta).to(W.dtype), requires_grad=False)
-    return new
+def _check_start(W: Tensor, rank: int) -> None:
+    if W.ndim != 2 or not W.is_floating_point() or not W.isfinite().all():
+        raise ValueError(f"expected a matrix of finite numbers, got {W.dtype} of shape {tuple(W.shape)}")
+    check_integer("rank", rank, 1, min(W.shape))

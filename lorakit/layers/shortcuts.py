@@ -4,6 +4,7 @@ It holds for the whole process, as torch's own switches of numerics do: a backwa
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ import torch
 
 ENVIRONMENT = "LORAKIT_ACCELERATE"  # 0: no shortcut in this process
 _forbidden = 0  # how many blocks that forbid them are open
+_lock = threading.Lock()
 
 
 def allowed() -> bool:
@@ -27,11 +29,13 @@ def by_environment() -> bool:
 def forbidden() -> Iterator[None]:
     """While it is open, every result is the plain formula's, whatever opens inside."""
     global _forbidden
-    _forbidden += 1
+    with _lock:
+        _forbidden += 1
     try:
         yield
     finally:
-        _forbidden -= 1
+        with _lock:
+            _forbidden -= 1
 
 
 def is_transformed() -> bool:
@@ -40,3 +44,13 @@ def is_transformed() -> bool:
     torch has no public name for it; tests/project/test_private_names.py watches this one.
     """
     return torch._C._are_functorch_transforms_active()
+
+
+def may_be_recomputed() -> bool:
+    """True inside what gradient checkpointing runs, the first time and again: a shortcut that is taken while a block is
+    open must not be taken there, since the second time the block may be closed.
+
+    torch has no public name for it; tests/project/test_private_names.py watches this one.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lorakit._random import alone
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.targets import find_targets, named_modules
@@ -31,8 +32,15 @@ class Count:
         return f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.2f} %)"
 
 
+def check_module(model: nn.Module) -> None:
+    """Refuses what is no module, such as a model's name."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
+
+
 def count(model: nn.Module) -> Count:
     """Counts the trainable and all parameters of a model, adapters included."""
+    check_module(model)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Count(sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes))
 
@@ -44,11 +52,13 @@ def is_adapter(module: nn.Module) -> bool:
 
 def adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters in a model by the name of the layer each one wraps, in the model's order."""
+    check_module(model)
     return {name: module for name, module in named_modules(model) if is_adapter(module)}
 
 
 def shared_weights(model: nn.Module) -> set[int]:
     """The `id` of every parameter that the model holds in more than one place."""
+    check_module(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {place for place, times in uses.items() if times > 1}
 
@@ -82,6 +92,17 @@ def places(model: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Mod
     return found
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """While it is open, a layer that refuses something is named."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError or repr(name) in str(error):
+            raise
+        raise ValueError(f"{error}, for layer {name!r}") from error
+
+
 def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """Replaces each named layer by `make(name, layer)`, freezes all but the new parameters, returns the model.
 
@@ -93,7 +114,8 @@ def wrap(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module]
     with grads_kept(model):
         for name in names:
             if modules[name] not in made:
-                made[modules[name]] = make(name, modules[name])
+                with named(name):
+                    made[modules[name]] = make(name, modules[name])
         held = places(model, made)
     model.requires_grad_(False)
     for parent, child, module in held:
@@ -151,4 +173,6 @@ def inject(
     else:
         config = rank
     check_plain(model)
-    return wrap(model, find_targets(model, config.targets), config.make)
+    names = find_targets(model, config.targets)
+    with alone:  # another thread's training has the random state while it draws
+        return wrap(model, names, config.make)

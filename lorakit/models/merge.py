@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.layers.bases import has_float_weight, is_conv1d, storage_of
+from lorakit.layers.adapter import own_parameters
+from lorakit.layers.bases import has_float_weight, is_conv1d, is_plain, storage_of, weight_of
 from lorakit.layers.lora import LoRALinear
-from lorakit.models.inject import adapters, places, shared_weights
+from lorakit.models.inject import adapters, named, places, shared_weights
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -58,10 +59,16 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
     for name, layer in found.items():
         if not has_float_weight(layer.base):
             raise ValueError(f"expected an adapter on a floating-point weight, got {storage_of(layer.base)} at {name}")
-        if id(layer.base.weight) in shared:
+        if id(weight_of(layer.base)) in shared:
             raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
-    layers = list(dict.fromkeys(found.values()))
-    plain = {layer: layer.base if _can_be_undone(layer) else layer.merged() for layer in layers}
+        if not all(p.isfinite().all() for p in own_parameters(layer).values() if p.is_floating_point()):
+            raise ValueError(f"expected finite adapters, got NaN or infinity in that of {name}")
+    plain: dict[Any, nn.Module] = {}
+    for name, layer in found.items():
+        if layer not in plain:
+            with named(name):
+                plain[layer] = layer.base if _can_be_undone(layer) else layer.merged()
+    layers = list(plain)
     held = places(model, plain)
     added: list[LoRALinear] = []
     try:
@@ -88,7 +95,7 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
 def _can_be_undone(layer: Any) -> bool:
     """True if the update is `s B A`, in the weight's own dtype and wide enough to be subtracted again."""
     own = getattr(type(layer), "delta_weight", None) is LoRALinear.delta_weight
-    return own and layer.base.weight.dtype == layer.A.dtype
+    return own and is_plain(layer.base) and layer.base.weight.dtype == layer.A.dtype
 
 
 def _add(layer: LoRALinear, added: list[LoRALinear]) -> None:
@@ -103,14 +110,15 @@ def _add(layer: LoRALinear, added: list[LoRALinear]) -> None:
 
 @torch.no_grad()
 def _sum(layer: LoRALinear, sign: int) -> None:
-    weight = layer.weight.detach()
+    weight = weight_of(layer.base).detach()
     W = weight.T if is_conv1d(layer.base) else weight  # (d_out, d_in)
     W.addmm_(layer.B, layer.A, alpha=sign * layer.scale)
 
 
 def _unwrap(model: nn.Module, plain_of: Callable[[Any], nn.Module]) -> nn.Module:
-    for layer in set(adapters(model).values()):
-        plain_of(layer)  # whoever refuses does it now, when nothing has changed
+    for name, layer in adapters(model).items():
+        with named(name):
+            plain_of(layer)  # whoever refuses does it now, when nothing has changed
     plain: dict[nn.Module, nn.Module] = {}
     for parent, child, layer in places(model, set(adapters(model).values())):
         if layer not in plain:

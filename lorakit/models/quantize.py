@@ -1,15 +1,17 @@
 """A model's linear layers in four bits, and back."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.layers.bases import dense_weight, has_float_weight, is_conv1d, storage_of
+from lorakit._suggest import near_names
+from lorakit.layers.bases import dense_weight, is_plain, storage_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.nf4_linear import NF4Linear
-from lorakit.models.inject import adapters, check_plain, replace, shared_weights
+from lorakit.models.inject import adapters, check_module, check_plain, replace, shared_weights
 from lorakit.models.targets import find_targets, named_modules
 
 
@@ -42,18 +44,23 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         layers = {name: modules[name] for name in find_targets(model, targets)}
     layers = {name: each for name, each in layers.items() if not (isinstance(each, NF4Linear) or is_linear4bit(each))}
     for name, each in layers.items():
-        if not (type(each) is nn.Linear or is_conv1d(each)) or not has_float_weight(each):
+        if not is_plain(each):
             raise ValueError(f"expected nn.Linear or Conv1D layers, got {storage_of(each)} at {name}")
         if id(each.weight) in shared:
             raise ValueError(
                 f"expected weights of their own, but that of {name} is shared: leave it out of the targets"
             )
-        if not each.weight.isfinite().all():
-            raise ValueError(f"expected finite weights, got NaN or infinity in {name}")
+        if each.weight.is_meta or not each.weight.numel():
+            raise ValueError(f"expected weights with values, got none in {name}")
+        if not each.weight.float().isfinite().all():
+            raise ValueError(f"expected finite weights, in float32's range, got NaN or infinity in {name}")
     if layers:
-        NF4Linear(
-            nn.Linear(2, 2, dtype=torch.float32), **settings
-        )  # settings out of range are refused before anything is replaced
+        known = [*inspect.signature(NF4Linear).parameters][1:]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"expected a setting of NF4Linear, {near_names(name, known)}")
+        trial = nn.Linear(2, 2, dtype=torch.float32)
+        NF4Linear(trial, **settings)  # settings out of range are refused before anything is replaced
     for each in layers.values():
         replace(model, {each: NF4Linear(each, **settings)})
     return model
@@ -75,6 +82,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Raises:
         ValueError: the model has no 4-bit layer, or bitsandbytes has repacked one.
     """
+    check_module(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"expected a floating-point dtype of 16 bits or more, got {dtype!r}")
     found = [m for m in model.modules() if isinstance(m, NF4Linear) or is_linear4bit(m)]
     if not found:
         raise ValueError("expected a model with 4-bit layers, got none")

@@ -1,12 +1,13 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from lorakit._suggest import near_names
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.config import matches
+from lorakit.layers.trial import check_linear
 
 HEAD_NAMES = ("score", "classifier")  # a classifier's output layer, as transformers names it
 WRAPPERS = {  # class -> the name under which it holds what it wraps
@@ -48,15 +49,16 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear-like layers by name, in the model's order; a layer that is registered twice appears once."""
-    found = {}
-    for name, module in named_modules(model):
-        try:
-            linear_shape(module)
-        except ValueError:
-            continue
-        if name:
-            found[name] = module
-    return found
+    return {name: module for name, module in named_modules(model) if name and _why_not(module) is None}
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module is no linear layer; None if it is one."""
+    try:
+        check_linear(module, *linear_shape(module))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -92,6 +94,15 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
         ValueError: a target chooses nothing (the message lists near names), is not a valid expression, or takes long to
             match.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
+    if not isinstance(targets, str):
+        names = (
+            list(targets) if isinstance(targets, Iterable) and not isinstance(targets, Mapping | bytes) else [targets]
+        )
+        if any(not isinstance(name, str) for name in names):
+            raise ValueError(f"expected targets as names or one regular expression, got {targets!r}")
+        targets = names
     layers = linear_layers(model)
     if isinstance(targets, str) and targets == "all-linear":
         heads = output_heads(model)
@@ -113,8 +124,9 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
-    other = next((type(m).__name__ for name, m in named_modules(model) if name and is_named(name, target)), None)
+    other = next((m for name, m in named_modules(model) if name and is_named(name, target)), None)
     if other is not None:
-        return f"expected targets that are linear layers, got {target!r}, which is a {other}"
+        why = f": {_why_not(other)}" if hasattr(other, "out_features") else ""
+        return f"expected targets that are linear layers, got {target!r}, which is a {type(other).__name__}{why}"
     known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers)
     return f"expected targets that match a linear layer, {near_names(target, known)}"

@@ -27,11 +27,12 @@ from lorakit.layers.bases import frozen_weight
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
 from lorakit.speed import cpu
-from lorakit.speed.activations import lean
+from lorakit.speed.activations import Forward, lean_forwards
 from lorakit.speed.attention import MAX_TOKENS, attention
 from lorakit.speed.decision import Decision
 from lorakit.speed.frozen_prefix import Below, Span, below
 from lorakit.speed.packing import packable
+from lorakit.speed.patching import own_forwards, patched_forwards
 
 TRICKS = ("kept memory", "oneDNN", "short attention", "lean modules", "fused LoRA", "frozen prefix", "packing")
 
@@ -43,6 +44,11 @@ class Report:
     decisions: dict[str, Decision]
     model: nn.Module = field(repr=False)
     prefix: Below | None = field(default=None, repr=False)
+    forwards: dict[nn.Module, Forward] = field(default_factory=dict, repr=False)
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """What somebody else's code runs in, who may copy, fold or merge the model: no module has another forward."""
+        return own_forwards(self.forwards)
 
     def packs(self) -> bool:
         """Whether texts of this model may share a row: tried once, when it is first asked."""
@@ -105,10 +111,13 @@ def accelerated(
         decisions["fused LoRA"] = _fused(model)
         prefix, why = below(model, texts) if trains and texts else (None, "no text comes again")
         decisions["frozen prefix"] = Decision(prefix is not None, why if trains else "nothing trains")
-        modules = stack.enter_context(lean(model)) if trains else 0
-        words = f"{modules} gated blocks and norms" if modules else "no gated block over an adapter, no usual norm"
-        decisions["lean modules"] = Decision(modules > 0, words if trains else "nothing trains")
-        yield Report(decisions, model, prefix)
+        forwards = lean_forwards(model) if trains else {}
+        words = (
+            f"{len(forwards)} gated blocks and norms" if forwards else "no gated block over an adapter, no usual norm"
+        )
+        decisions["lean modules"] = Decision(bool(forwards), words if trains else "nothing trains")
+        stack.enter_context(patched_forwards(forwards))
+        yield Report(decisions, model, prefix, forwards)
 
 
 def decisions(measure: bool = False) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._random import seeded
 from lorakit.layers import shortcuts
 from lorakit.layers.bases import frozen_weight, is_watched, linear_shape, weight_of
 from lorakit.layers.bnb import repacking_prevented
@@ -29,33 +30,40 @@ from lorakit.layers.lora import LoRALinear
 from lorakit.speed.patching import patched_forwards
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")  # a gated block's parts
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Tensor]
 
 
 @contextmanager
 def lean(model: nn.Module) -> Iterator[int]:
     """While it is open, gated feed-forward blocks and RMSNorms compute the same, to rounding, with less memory.
 
-    Modules with hooks or a forward of their own stay as they are, and so does whatever does not answer a trial input as
-    the formulas above do.
-
     Yields:
         how many modules it is.
     """
-    with repacking_prevented(model):  # the trials are forwards without a gradient
-        tried = {m: _lean_block(m) or _lean_norm(m) for m in model.modules() if not is_watched(m)}
-    found = {module: forward for module, forward in tried.items() if forward}
+    found = lean_forwards(model)
     with patched_forwards(found):
         yield len(found)
+
+
+def lean_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
+    """The forwards that keep less, for `patched_forwards`.
+
+    Modules with hooks or a forward of their own stay as they are, and so does whatever does not answer a trial input as
+    the formulas above do. A forward that is called otherwise than in its trial, or whose module has changed since, is
+    the module's own.
+    """
+    with repacking_prevented(model):  # the trials are forwards without a gradient
+        tried = {m: _lean_block(m) or _lean_norm(m) for m in model.modules() if not is_watched(m)}
+    return {module: forward for module, forward in tried.items() if forward}
 
 
 @torch.no_grad()
 def _answers_as(module: nn.Module, formula: Forward, x: Tensor) -> bool:
     """True if a module answers a trial input as the formula does, bit for bit."""
     try:
-        with torch.random.fork_rng():  # dropout must not notice
+        with seeded():  # dropout must not notice
             return torch.equal(module(x), formula(x))
-    except (TypeError, ValueError, RuntimeError):  # it is called otherwise, or on something else
+    except Exception:  # it is called otherwise, or on something else
         return False
 
 
@@ -81,17 +89,22 @@ def _lean_block(block: Any) -> Forward | None:
         d_in = up.A.shape[1] if type(up) is LoRALinear else linear_shape(up)[1]
     except ValueError:  # nothing linear
         return None
-    x = torch.linspace(-2, 2, 2 * d_in, dtype=torch.float32).view(2, d_in).to(down.A.device, dtype)
+    x = torch.linspace(-2, 2, 2 * d_in, dtype=torch.float32).view(2, d_in)
+    x = torch.cat([x, 100 * x]).to(down.A.device, dtype)  # some blocks clamp what is large
     same = _answers_as(block, lambda x: down(F.silu(block.gate_proj(x)) * up(x)), x)
-    return partial(_gated_forward, block) if same else None
+    return partial(_gated_forward, block, act, down) if same else None
 
 
-def _gated_forward(block: Any, x: Tensor) -> Tensor:
+def _gated_forward(block: Any, act: nn.Module, down: LoRALinear, *args: Any, **kwargs: Any) -> Tensor:
     """The block's output, from `_GatedDown` where that may stand for the down-projection."""
-    down, gate, up = block.down_proj, block.gate_proj(x), block.up_proj(x)
-    if down.drops or not torch.is_grad_enabled() or (W := frozen_weight(down.base, gate)) is None:
-        return down(block.act_fn(gate) * up)
-    return _GatedDown.apply(gate, up, down.A, down.B, W, down.bias, down.scale)
+    usual = torch.is_grad_enabled() and not down.drops and not shortcuts.may_be_recomputed()
+    same = block.act_fn is act and block.down_proj is down and not is_watched(act) and not is_watched(down)
+    if not usual or not same or len(args) != 1 or kwargs:
+        return type(block).forward(block, *args, **kwargs)
+    gate, up = block.gate_proj(*args), block.up_proj(*args)
+    if (W := frozen_weight(down.base, gate)) is None:
+        return down(act(gate) * up)
+    return _GatedDown.apply(gate, up, down.A, down.B, W, down.bias, down.scale).view(*gate.shape[:-1], len(down.B))
 
 
 class _GatedDown(torch.autograd.Function):
@@ -105,13 +118,12 @@ class _GatedDown(torch.autograd.Function):
         y = F.linear(p, W, bias).addmm_(xa, b.T, alpha=scale)  # (n, d_out)
         ctx.save_for_backward(g, u, A, a, b, xa, *([] if callable(weight) else [W]))
         ctx.weight, ctx.scale, ctx.dtype = weight if callable(weight) else None, scale, B.dtype
-        return y.view(*g.shape[:-1], W.shape[0])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         g, u, A, a, b, xa, *W = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1])  # (n, d_out)
         dxa = (dy @ b) * ctx.scale  # (n, rank)
         dB = ((xa * ctx.scale).T @ dy).T.to(ctx.dtype)
         dp = (dy @ (W[0] if W else ctx.weight())).addmm_(dxa, a).view(g.shape)
@@ -136,10 +148,13 @@ def _lean_norm(norm: nn.Module) -> Forward | None:
     return partial(_norm_forward, norm, w, eps) if same else None
 
 
-def _norm_forward(norm: nn.Module, w: Tensor, eps: float, x: Tensor) -> Tensor:
+def _norm_forward(norm: nn.Module, w: Tensor, eps: float, *args: Any, **kwargs: Any) -> Tensor:
     """The norm's output, from `_RMSNorm` where that may stand for it."""
+    if len(args) != 1 or kwargs:
+        return type(norm).forward(norm, *args, **kwargs)
+    x = args[0]
     usual = x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    usual = usual and shortcuts.allowed() and not shortcuts.is_transformed()
+    usual = usual and shortcuts.allowed() and not shortcuts.is_transformed() and not shortcuts.may_be_recomputed()
     same = norm.weight is w and not w.requires_grad  # a wrapper may have changed the weight for this pass
     return _RMSNorm.apply(x, w, eps) if usual and same else type(norm).forward(norm, x)
 

@@ -60,7 +60,8 @@ def short_attention(
         hidden: True where a query must not see a key; every query must see one. None hides nothing.
         scale: s, 1 / sqrt(d) if None.
     """
-    return _Attention.apply(q, k, v, hidden, q.shape[-1] ** -0.5 if scale is None else scale)
+    y = _Attention.apply(q, k, v, hidden, q.shape[-1] ** -0.5 if scale is None else scale)
+    return y.view(*q.shape[:-1], v.shape[-1])
 
 
 class _Attention(torch.autograd.Function):
@@ -69,7 +70,7 @@ class _Attention(torch.autograd.Function):
         P = _weights(q, k, hidden, scale)
         ctx.save_for_backward(q, k, v, hidden)
         ctx.scale = scale
-        return (P @ v.to(P.dtype)).view(*q.shape[:-1], v.shape[-1]).to(q.dtype)
+        return (P @ v.to(P.dtype)).to(q.dtype)  # (batch, groups, heads / groups * seq, d_v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,7 +104,8 @@ class _ShortAttention(TorchFunctionMode):
     """While it is open, calls of torch's attention that `short_attention` can answer are answered by it."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.scaled_dot_product_attention and shortcuts.allowed():
+        attends = function is F.scaled_dot_product_attention
+        if attends and shortcuts.allowed() and not shortcuts.may_be_recomputed():
             return _attend(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 

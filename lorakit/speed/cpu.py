@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -26,7 +27,9 @@ MIN_GAIN = 1.25  # so much faster it must be, to be used: noise must not decide
 MAX_ERROR = 4.0  # times the default's error in a trial product: more is not float32 any more, and is refused
 PIN = "LORAKIT_ONEDNN"  # 1 or 0 in the environment: used wherever it is exact, or never, whatever the time says
 _users = 0
-_ours = 0  # how many blocks have chosen the precision
+_chosen: list[list[str]] = []  # the precisions that open blocks have chosen, the last of which holds
+_before = "highest"  # torch's own, before the first of them
+_lock = threading.Lock()  # blocks of several threads need not close in the order in which they opened
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def fast(model: nn.Module, tokens: float, onednn: bool | None = None) -> Iterato
 @contextmanager
 def plain_products() -> Iterator[None]:
     """While it is open, float32 products are as they were before `fast` changed them, if it did."""
-    with _matmul_precision("highest") if _ours else nullcontext():
+    with _matmul_precision("highest") if _chosen else nullcontext():
         yield
 
 
@@ -78,7 +81,7 @@ def _choose_products(weights: list[nn.Parameter], on_cpu: bool, tokens: float, p
         return Decision(False, f"{tokens:.0f} tokens at a time, needs {MIN_TOKENS}")
     if tokens * largest < MIN_PRODUCT:
         return Decision(False, f"{tokens * largest:.1e} multiplications in a product, needs {MIN_PRODUCT:.1e}")
-    if matmul_precision() == "medium" and _ours:
+    if matmul_precision() == "medium" and _chosen:
         return Decision(True, "as in the block around")
     if matmul_precision() != "highest":
         return Decision(False, "you have set torch's precision of products")
@@ -135,15 +138,19 @@ def matmul_precision() -> str | None:
 
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    global _ours
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    _ours += 1
+    global _before
+    mine = [precision]
+    with _lock:
+        if not _chosen:
+            _before = torch.get_float32_matmul_precision()
+        _chosen.append(mine)
+        torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        _ours -= 1
-        torch.set_float32_matmul_precision(before)
+        with _lock:
+            _chosen[:] = [other for other in _chosen if other is not mine]
+            torch.set_float32_matmul_precision(_chosen[-1][0] if _chosen else _before)
 
 
 @contextmanager
@@ -161,16 +168,18 @@ def kept_memory() -> Iterator[bool]:
     if libc is None:
         yield False
         return
-    _users += 1
-    if _users == 1:
-        _set(libc, TRAINING)
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _set(libc, TRAINING)
     try:
         yield True
     finally:
-        _users -= 1
-        if _users == 0:
-            _set(libc, USUAL)
-            libc.malloc_trim(0)
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _set(libc, USUAL)
+                libc.malloc_trim(0)
 
 
 def available() -> bool:

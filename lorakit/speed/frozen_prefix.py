@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lorakit._random import seeded
 from lorakit.layers.bases import is_watched
 from lorakit.speed.patching import patched_forwards
 
@@ -119,6 +120,5 @@ def _frozen_blocks(model: nn.Module) -> list[nn.Module]:
 def _try(
     model: nn.Module, batch: dict[str, Tensor], found: Below, keys: list[str], spans: list[Span], seed: int
 ) -> Tensor:
-    with torch.random.fork_rng(), found.batch(keys, spans, batch["input_ids"].shape):
-        torch.manual_seed(seed)
+    with seeded(seed), found.batch(keys, spans, batch["input_ids"].shape):
         return model(**batch).logits[batch["attention_mask"].bool()]

@@ -17,6 +17,7 @@ from torch import nn
 
 from lorakit._atomic import draft_beside, named_errors, settle, switch_folder
 from lorakit._optional import need, quiet
+from lorakit._random import seeded
 from lorakit.models.download import cache_dir
 from lorakit.models.manifest import seal
 from lorakit.tasks import facts
@@ -114,8 +115,7 @@ def make_model(seed: int = SEED) -> nn.Module:
     config = transformers.LlamaConfig(
         **SIZES, **ids, vocab_size=len(facts.VOCABULARY), max_position_embeddings=CONTEXT, tie_word_embeddings=False
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

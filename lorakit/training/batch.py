@@ -1,12 +1,15 @@
 """Texts as batches of tokens: padded to one length, or packed so that short ones share a row and nothing else."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
 PACKED = {"use_cache": False}  # with a cache, transformers' models take packed texts for one
@@ -21,10 +24,48 @@ class Example:
     labels: list[int]
 
     def __post_init__(self):
+        for what, row in (("ids", self.input_ids), ("labels", self.labels)):
+            tokens = row if isinstance(row, Sequence) and not isinstance(row, str) else [row]
+            for token in tokens:
+                if not isinstance(token, Integral) or isinstance(token, bool) or (token < 0 and token != IGNORE):
+                    raise ValueError(f"expected {what} of tokens, integers >= 0, got {token!r}")
+        if not isinstance(self.input_ids, Sequence) or not isinstance(self.labels, Sequence):
+            raise ValueError("expected lists of ids and labels, got a number")
+        if IGNORE in self.input_ids:
+            raise ValueError(f"expected ids of tokens, integers >= 0, got {IGNORE}, which is a label")
         if len(self.input_ids) != len(self.labels):
             raise ValueError(f"expected one label a token, got {len(self.input_ids)} ids, {len(self.labels)} labels")
         if all(label == IGNORE for label in self.labels[1:]):
             raise ValueError("expected at least one labelled token after the first, got none: nothing to learn from")
+
+
+def check_examples(model: Any, examples: Sequence[Example]) -> None:
+    """Refuses what a model cannot read: no examples, texts longer than its context, tokens that it does not have.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    strange = next((example for example in examples if not isinstance(example, Example)), None)
+    if strange is not None:
+        raise ValueError(f"expected Examples, as encode() makes them, got {type(strange).__name__}")
+    if isinstance(model, nn.Module):
+        known = inspect.signature(model.forward).parameters
+        if "input_ids" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise ValueError(f"expected a language model, called with input_ids, got {type(model).__name__}")
+    context = context_of(model)
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    if longest > context:
+        raise ValueError(f"expected examples of at most {context} tokens, the model's context, got {longest}")
+    vocabulary = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", math.inf)
+    largest = max((max(*example.input_ids, *example.labels) for example in examples), default=0)
+    if largest >= vocabulary:
+        raise ValueError(f"expected tokens below {vocabulary}, those of the model, got {largest}: another tokenizer's?")
+
+
+def context_of(model: Any) -> float:
+    """How many tokens a model can see at once, by its config; infinite if that does not say."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return math.inf if context is None else context
 
 
 def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
@@ -34,6 +75,8 @@ def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
         ValueError: the tokenizer gives words that it does not know the id of another token, or a completion holds words
             that it does not know: a model would learn something else, and could look perfect at it.
     """
+    if not callable(tokenizer) or not isinstance(prompt, str) or not isinstance(completion, str):
+        raise ValueError("expected a tokenizer and two texts, got something else")
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     declared, unknown = getattr(tokenizer, "unk_token_id", None), _unknown_id(tokenizer)

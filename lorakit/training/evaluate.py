@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._numbers import check_integer
 from lorakit._progress import Progress
 from lorakit.speed.accelerated import accelerated
-from lorakit.training.batch import IGNORE, Example, collate
+from lorakit.training.batch import IGNORE, Example, check_examples, collate
 from lorakit.training.generate import _in_batches
 from lorakit.training.loss import labelled_logits
 
@@ -22,6 +23,10 @@ def log_probabilities(
 
     Memory: 4 bytes times vocabulary a labelled token. The model is left in the mode it was in.
     """
+    check_integer("batch_size", batch_size)
+    check_examples(model, examples)
+    if not examples:
+        raise ValueError("expected at least one example, got none")
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -76,6 +81,8 @@ def teacher_forced(
 
     The arguments are those of `exact_match`.
     """
+    check_integer("batch_size", batch_size)
+    check_examples(model, examples)
     found, was_training = [(False, 0.0)] * len(examples), model.training
     device = next(model.parameters()).device
     model.eval()

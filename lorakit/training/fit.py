@@ -1,6 +1,5 @@
 """One plain training loop: whatever requires a gradient is trained, on the completion's tokens alone."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit._numbers import check_integer, check_positive
 from lorakit._progress import Progress
+from lorakit._random import Stream
 from lorakit.speed.accelerated import Report, accelerated
-from lorakit.training.batch import IGNORE, Example, collate, pack, rows_of, spans
+from lorakit.training.batch import IGNORE, Example, check_examples, collate, pack, rows_of, spans
 from lorakit.training.loss import token_losses
 from lorakit.training.optim import loraplus_groups
 from lorakit.training.recipe import Recipe, batches
@@ -92,6 +93,12 @@ def fit(
         FloatingPointError: the loss or a gradient is NaN or infinite. The model keeps the last finite weights.
     """
     recipe = Recipe.of(recipe, numbers)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
+    for what, function in (("optimizer", optimizer), ("after_step", after_step)):
+        if function is not None and not callable(function):
+            raise ValueError(f"expected {what} as a function, got {function!r}")
+    check_positive("loraplus_ratio", loraplus_ratio)
     groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
     run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
     train(model, [run], recipe, accelerate, show, optimizer, after_step)
@@ -125,26 +132,28 @@ def train(
     tokens = size * sum(sum(len(text.input_ids) for text in run.examples) / len(run.examples) for run in runs)
     repeats = len(runs) == 1 and steps * size > len(runs[0].examples)
     again = [text.input_ids for text in runs[0].examples] if repeats else ()
-    was_training = model.training
+    was_training, stream = model.training, Stream(runs[0].seed)
     model.train()
     try:
         with (
-            torch.random.fork_rng(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
             accelerated(model, tokens, trains=True, texts=again, on=accelerate) as speed,
             Progress(steps, "training", show=show) as progress,
         ):
-            torch.manual_seed(runs[0].seed)
             for step in range(steps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
-                losses = _losses(model, chosen, device, speed, orders[0][step])
-                cast(Tensor, sum(losses)).backward()
+                with stream.drawing():
+                    losses = _losses(model, chosen, device, speed, orders[0][step])
+                    cast(Tensor, sum(losses)).backward()
                 share = recipe.share(step)
                 for run, loss in zip(runs, losses, strict=True):
                     _clip(run, loss, step, recipe.clip)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
+                torch.clear_autocast_cache()  # it holds A and B as they were before the step
                 shares = (time.perf_counter() - wall) / len(runs), (time.process_time() - cpu) / len(runs)
                 for run, loss, texts in zip(runs, losses, chosen, strict=True):
                     if not run.error:
@@ -159,7 +168,10 @@ def train(
                 if not going:
                     break
                 if after_step:
-                    after_step(step + 1)
+                    with speed.suspended():
+                        after_step(step + 1)
+                    _check_held(model, runs, step + 1)
+                    stream.watch()
                 progress.update(1, f"loss {sum(going) / len(going):.3f}")
             for run in runs:
                 run.history.speed = speed.words()
@@ -206,11 +218,20 @@ def _note(history: History, loss: float, lr: float, tokens: int, seconds: float,
 def _check(model: nn.Module, run: Run) -> None:
     if not run.params:
         raise ValueError("expected parameters that require a gradient, got none: inject() adapters first")
-    if not run.examples:
-        raise ValueError("expected at least one example, got none")
-    if not (run.lr > 0 and math.isfinite(run.lr)):
-        raise ValueError(f"expected a finite lr > 0, got {run.lr}")
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for example in run.examples)
-    if context is not None and longest > context:
-        raise ValueError(f"expected examples of at most {context} tokens, the model's context, got {longest}")
+    if any(p.is_inference() for p in run.params):
+        raise ValueError("expected parameters that can train, got some made inside of torch.inference_mode()")
+    if isinstance(run.examples, Example) or not run.examples:
+        raise ValueError("expected a list with at least one example, got none")
+    check_examples(model, run.examples)
+    check_positive("lr", run.lr)
+    check_integer("seed", run.seed, -(2**63), 2**64 - 1)
+
+
+def _check_held(model: nn.Module, runs: Sequence[Run], step: int) -> None:
+    """Refuses to go on once somebody has taken what trains out of the model."""
+    held = {id(p) for p in model.parameters()}
+    if not all(id(p) in held for run in runs for p in run.params):
+        raise ValueError(
+            f"expected the parameters that train to stay in the model, got others after step {step}: "
+            "use folded(), or merge a copy"
+        )

@@ -5,16 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from lorakit._numbers import check_integer, check_positive
+from lorakit._random import seeded
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
 from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
 from lorakit.models.targets import named_modules
-from lorakit.training.batch import Example
+from lorakit.training.batch import Example, check_examples
 from lorakit.training.fit import History, Run, train
 from lorakit.training.recipe import Recipe
 
@@ -83,6 +84,12 @@ def fit_many(
     """
     specs, recipe = list(specs), Recipe.of(recipe, numbers)
     own: list[Any] = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
+    if any(not isinstance(spec, Spec) for spec in specs):
+        raise ValueError("expected Specs, got something else")
+    for texts, spec in zip(own, specs, strict=False):
+        check_positive("lr", spec.lr)
+        check_integer("seed", spec.seed, -(2**63), 2**64 - 1)
+        check_examples(model, [texts] if isinstance(texts, str) else texts)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
     check_plain(model)
@@ -110,8 +117,7 @@ def fit_many(
 
 def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
     """The adapters that `inject` makes with this seed, taken out of the model again."""
-    with torch.random.fork_rng():
-        torch.manual_seed(spec.seed)
+    with seeded(spec.seed):
         inject(model, spec.config)
     layers = adapters(model)
     remove(model)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit._numbers import check_integer
 from lorakit._progress import Progress
 from lorakit.models.targets import unwrapped
 from lorakit.speed.accelerated import accelerated
+from lorakit.training.batch import context_of
 
 
 def _in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -70,21 +72,36 @@ def greedy(
         prompts: texts.
         stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too, and alone if this is None
             (SmolLM2's is the end of a turn; another model's need not be: `ChatFormat.of(tokenizer).end`).
-        max_new_tokens: at most so many tokens an answer.
+        max_new_tokens: at most so many tokens an answer, and no more than the context holds with the longest prompt.
         batch_size: prompts at a time, padded on the left.
         accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
         show: draw a progress bar.
 
     Returns:
         one answer a prompt, in their order.
+
+    Raises:
+        ValueError: a prompt without tokens or without room in the context, an empty stop, or a number out of range.
     """
+    if not callable(tokenizer) or not hasattr(model, "generate"):
+        raise ValueError(f"expected a model with generate() and its tokenizer, got {type(model).__name__}")
+    check_integer("max_new_tokens", max_new_tokens)
+    check_integer("batch_size", batch_size)
+    if isinstance(prompts, str) or any(not isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("expected a list of texts as prompts, got something else")
+    if stop is not None and (not isinstance(stop, str) or not stop):
+        raise ValueError(f"expected stop as a text that is not empty, or None, got {stop!r}")
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    room = context_of(model) - max(map(len, ids), default=0)
+    if room < 1 or not all(ids):
+        most = context_of(model) - 1
+        raise ValueError(f"expected prompts of 1 to {most} tokens, within the model's context, got {[*map(len, ids)]}")
     stop_ids = tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
     ends = {tokenizer.eos_token_id, stop_ids[0] if len(stop_ids) == 1 else None} - {None}
     settings = {
         "do_sample": False,
         "num_beams": 1,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": min(max_new_tokens, room),
         "pad_token_id": max(ends, default=0),
     }
     if ends:

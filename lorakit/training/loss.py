@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.layers import shortcuts
 from lorakit.layers.bases import frozen_weight, linear_shape
 from lorakit.training.batch import IGNORE, PACKED, Batch
 
@@ -27,11 +28,19 @@ def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "labe
     head = _head(model)
     if head is None:
         return _forward(model, batch)[before], targets
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][before].unsqueeze(0),))
+    whole = False
+
+    def shorten(_, args):
+        nonlocal whole
+        whole = shortcuts.may_be_recomputed()  # when this hook is gone
+        return None if whole else (args[0][before].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(shorten)
     try:
-        return _forward(model, batch).squeeze(0), targets
+        logits = _forward(model, batch)
     finally:
         hook.remove()
+    return logits[before] if whole else logits.squeeze(0), targets
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
@@ -47,6 +56,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
         return _formula(model, batch)
     before, targets = _labelled(batch)
     losses: list[Tensor] = []
+    whole = False
     hooks: list[RemovableHandle] = []
     state = torch.get_rng_state()
     sign = torch.linspace(-60, 60, linear_shape(head)[0], dtype=torch.float32, device=batch["labels"].device)[
@@ -54,7 +64,11 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
     ]
 
     def shorten(_, args):
+        nonlocal whole
         hooks.pop().remove()
+        whole = shortcuts.may_be_recomputed()  # when this hook is gone
+        if whole:
+            return None
         hidden = args[0][before]  # (labelled, d)
         W = frozen_weight(head, hidden)  # asked here: a wrapper may have changed the weight for this pass
         if W is None:
@@ -70,7 +84,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
         for hook in hooks:
             hook.remove()
     if not losses:
-        return F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")
+        return F.cross_entropy((logits[before] if whole else logits.squeeze(0)).float(), targets, reduction="none")
     if torch.equal(logits.float(), sign.to(logits.dtype).float()):
         return losses[0]
     _not_last.add(head)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit._numbers import check_positive
 from lorakit.models.inject import adapters
 
 
@@ -25,8 +26,8 @@ def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[di
     Raises:
         ValueError: the ratio is not positive, or no B requires a gradient.
     """
-    if not 0 < ratio < float("inf"):
-        raise ValueError(f"expected a finite ratio > 0, got {ratio!r}")
+    check_positive("lr", lr)
+    check_positive("ratio", ratio)
     ours = {id(getattr(layer, "B", None)) for layer in adapters(model).values()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if id(p) in ours or ".lora_B." in name]

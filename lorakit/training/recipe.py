@@ -1,10 +1,13 @@
 """How long and in what portions a training goes: one set of numbers for one adapter or many."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+
+from lorakit._numbers import check_integer, is_number
+from lorakit._suggest import near_names
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,28 @@ class Recipe:
     clip: float = 1.0
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.warmup < 1:
-            raise ValueError(f"expected steps, batch_size >= 1, 0 <= warmup < 1, got {self}")
-        if not self.weight_decay >= 0 or not self.clip > 0:
-            raise ValueError(f"expected weight_decay >= 0, clip > 0, got {self}")
+        check_integer("steps", self.steps)
+        check_integer("batch_size", self.batch_size)
+        if not is_number(self.warmup) or not 0 <= self.warmup < 1:
+            raise ValueError(f"expected 0 <= warmup < 1, got {self.warmup!r}")
+        if not is_number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"expected a finite weight_decay >= 0, got {self.weight_decay!r}")
+        if not is_number(self.clip) or not self.clip > 0:
+            raise ValueError(f"expected clip > 0, got {self.clip!r}")
 
     @classmethod
     def of(cls, recipe: "Recipe | None", numbers: dict[str, Any]) -> "Recipe":
         """A recipe, or the one that its numbers, given by name, make: `fit`'s two ways to be called."""
         if recipe is not None and numbers:
             raise ValueError(f"expected a Recipe or its numbers, got both: {sorted(numbers)}")
+        if recipe is not None and not isinstance(recipe, cls):
+            raise ValueError(f"expected a Recipe, got {recipe!r}")
+        known = [field.name for field in fields(cls)]
+        for name in numbers:
+            if name not in known:
+                raise ValueError(f"expected a number of a Recipe, {near_names(name, known)}")
+        if recipe is None and "steps" not in numbers:
+            raise ValueError("expected steps, got none")
         return cls(**numbers) if recipe is None else recipe
 
     @property

@@ -12,6 +12,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lorakit"
 WATCHED = {  # name as the code writes it -> where it lives, and what to do
+    "torch._C._autograd._top_saved_tensors_default_hooks": (
+        "torch._C._autograd._top_saved_tensors_default_hooks",
+        "layers/shortcuts.may_be_recomputed asks whether checkpointing runs: see torch.utils.checkpoint for its hooks",
+    ),
     "torch._C._are_functorch_transforms_active": (
         "torch._C._are_functorch_transforms_active",
         "layers/shortcuts.is_transformed alone uses it: look for torch's public name, or give the autograd functions "
@@ -23,6 +27,13 @@ WATCHED = {  # name as the code writes it -> where it lives, and what to do
             "layers/bases.is_watched asks whether a layer has hooks: find where nn.Module keeps them now",
         )
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    },
+    **{
+        f"{layer}._parameters": (
+            "torch.nn.Module()._parameters",
+            "layers/bases and layers/trial ask whether a weight is a parameter: named_parameters(recurse=False) tells",
+        )
+        for layer in ("module", "layer")
     },
     "parent._modules": (
         "torch.nn.Module()._modules",
@@ -45,7 +56,11 @@ WATCHED = {  # name as the code writes it -> where it lives, and what to do
             name,
             "the documented door for dispatch modes and trees of tensors: look where torch's own modes import it",
         )
-        for name in ("torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves")
+        for name in (
+            "torch.utils._python_dispatch.TorchDispatchMode",
+            "torch.utils._pytree.tree_leaves",
+            "torch.utils._pytree.tree_map_only",
+        )
     },
     "func._overloadpacket": (
         "torch.ops.aten.mm.default._overloadpacket",
@@ -133,7 +148,11 @@ def test_a_name_that_is_gone_is_noticed():
 
 
 def test_every_private_name_is_watched():
-    own = {"ByteAbsmax._fields", "torch._C"}  # a named tuple's fields are public; the module of another name here
+    own = {
+        "ByteAbsmax._fields",
+        "torch._C",
+        "torch._C._autograd",
+    }  # a named tuple's fields are public; the module of another name here
     for path in sorted(PACKAGE.rglob("*.py")):
         strange = set(private_names(path.read_text(encoding="utf-8"))) - set(WATCHED) - own
         assert not strange, f"{path.name}: use a public name instead, or watch it here: {sorted(strange)}"
