@@ -219,6 +219,7 @@ def _fill(layers: dict[str, Any], found: dict[str, dict[str, Tensor]]) -> None:
     try:
         for name, layer in layers.items():
             layer.load_peft(found[name])
+        torch.clear_autocast_cache()  # it holds A and B as they were
     except BaseException as error:
         with torch.no_grad():
             for parameter, value in before:
