@@ -62,7 +62,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a model, got {type(model).__name__}")
     if not isinstance(targets, str):
-        names = (
+        names: list[Any] = (
             list(targets) if isinstance(targets, Iterable) and not isinstance(targets, Mapping | bytes) else [targets]
         )
         if any(not isinstance(name, str) for name in names):
