@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lorakit._numbers import is_number
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import (
+    dense_weight,
     factors_like,
     frozen_weight,
     has_float_weight,

@@ -11,9 +11,30 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 # what may be asked of a stored weight: its description, as methods and as attributes
-METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "data_ptr")
+METHODS: tuple[str, ...] = (
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "element_size",
+    "stride",
+    "storage_offset",
+    "data_ptr",
+)
 METHODS += ("is_floating_point", "is_complex", "is_contiguous", "get_device", "is_inference", "__len__", "__hash__")
-ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_meta")
+ATTRIBUTES: tuple[str, ...] = (
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "layout",
+    "itemsize",
+    "nbytes",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+)
 ATTRIBUTES += ("is_sparse", "is_quantized", "is_leaf", "requires_grad", "grad_fn", "names", "is_mps", "is_xpu")
 
 

@@ -288,6 +288,7 @@ def _fill(layers: dict[str, Any], found: dict[str, dict[str, Tensor]]) -> None:
             layer.load_peft(found[name])
             if any(tensor.dtype == torch.float64 for tensor in found[name].values()):
                 check_finite({f"{name}.{part}": tensor.detach() for part, tensor in layer.peft_tensors().items()})
+        torch.clear_autocast_cache()  # it holds A and B as they were
     except BaseException as error:
         with torch.no_grad():
             for parameter, value in before:

@@ -1,6 +1,7 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -97,7 +98,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a model, got {type(model).__name__}")
     if not isinstance(targets, str):
-        names = (
+        names: list[Any] = (
             list(targets) if isinstance(targets, Iterable) and not isinstance(targets, Mapping | bytes) else [targets]
         )
         if any(not isinstance(name, str) for name in names):
