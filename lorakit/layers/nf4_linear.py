@@ -63,7 +63,8 @@ class NF4Linear(nn.Module):
         self.absmax_names = [f"absmax_{name}" for name in names]
         for name, value in zip(self.absmax_names, values, strict=True):
             self.register_buffer(name, value)
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        bias = getattr(linear, "bias", None)
+        bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", bias)
         self.train(linear.training)
 

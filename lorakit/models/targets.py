@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lorakit._suggest import near_names
-from lorakit.layers.bases import linear_shape
+from lorakit.layers.bases import is_conv1d, linear_shape
 from lorakit.layers.config import matches
 from lorakit.layers.trial import check_linear
 
@@ -50,7 +50,14 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear-like layers by name, in the model's order; a layer that is registered twice appears once."""
-    return {name: module for name, module in named_modules(model) if name and _why_not(module) is None}
+    return {
+        name: module for name, module in named_modules(model) if name and (_is_linear(module) or not _why_not(module))
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """True for one that is linear by its class: if nobody can compute with its weight, it is refused, not left out."""
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -89,7 +89,8 @@ def fit_many(
     for texts, spec in zip(own, specs, strict=False):
         check_positive("lr", spec.lr)
         check_integer("seed", spec.seed, -(2**63), 2**64 - 1)
-        check_examples(model, [texts] if isinstance(texts, str) else texts)
+        several: Any = [texts] if isinstance(texts, str) else texts
+        check_examples(model, several)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
     check_plain(model)
