@@ -51,7 +51,7 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
         raise ValueError(f"expected a finite scale, got alpha {alpha!r}")
     try:
         scale = (SCALE_RULES[scale_rule] if isinstance(scale_rule, str) else scale_rule)(alpha, rank)
-        finite = is_number(scale) and math.isfinite(alpha) and math.isfinite(scale)
+        finite = is_number(scale) and all(map(math.isfinite, (rank, alpha, scale)))
     except OverflowError:  # integers that no float holds
         scale, finite = math.inf, False
     except (ArithmeticError, TypeError) as error:
@@ -89,10 +89,10 @@ class LoRALinear(nn.Module):
         self.scale = checked_scale(rank, alpha, dropout, scale_rule)
         self.rank, self.alpha, self.scale_rule = rank, alpha, scale_rule
         d_out, d_in = linear_shape(base)
+        dtype, device = factors_like(base)
         check_linear(base, d_out, d_in)
         if is_linear4bit(base):
             keep_order(base)
-        dtype, device = factors_like(base)
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))

@@ -131,7 +131,8 @@ def grads_kept(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for parameter, grad in grads.items():
-            parameter.requires_grad_(grad)
+            if parameter.requires_grad != grad:  # an uninitialised one cannot be asked to
+                parameter.requires_grad_(grad)
         raise
 
 

@@ -57,7 +57,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_linear(module: nn.Module) -> bool:
     """True for one that is linear by its class: if nobody can compute with its weight, it is refused, not left out."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    quantised = type(module).__module__.startswith("torch.ao.") and hasattr(module, "out_features")
+    return type(module) in (nn.Linear, nn.LazyLinear) or is_conv1d(module) or quantised
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -43,19 +43,11 @@ class Harmless(nn.Linear):
     pass
 
 
-def float8():
-    layer = nn.Linear(4, 6)
-    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    return layer
-
-
 NOT_LINEAR = {
     "a tuple": (lambda: Router(4, 6), "returns a tuple"),
     "not a sum of outputs": (lambda: Softened(4, 6), "gradient|answer to a sum|sum of"),
     "no gradient": (lambda: Cut(4, 6), "no gradient"),
     "another width": (lambda: Wrong(4, 6), "shape"),
-    "float8": (float8, "does not answer"),
-    "dynamic int8": (lambda: torch.ao.nn.quantized.dynamic.Linear(4, 6), "no gradient"),
 }
 
 
