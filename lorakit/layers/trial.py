@@ -107,7 +107,7 @@ def plus(layer: nn.Module, delta: Float[Tensor, "d_out d_in"]) -> nn.Module:
 
 def _rows(d_in: int, shift: float) -> Tensor:
     """Two rows of numbers between -1 and 1."""
-    return torch.sin(torch.arange(2 * d_in, device="cpu") * 1.7 + shift).view(2, d_in)
+    return torch.sin(torch.arange(2 * d_in, dtype=torch.float32, device="cpu") * 1.7 + shift).view(2, d_in)
 
 
 def _dtypes(layer: nn.Module) -> list[torch.dtype]:

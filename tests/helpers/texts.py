@@ -12,10 +12,10 @@ class Characters:
 
     def __call__(self, text, add_special_tokens):
         assert not add_special_tokens
-        return {"input_ids": [2 if c == "\x02" else ord(c) - 94 for c in text]}  # a -> 3
+        return {"input_ids": [2 if c == "\x02" else (ord(c) - 94) % 1000 for c in text]}  # a -> 3
 
     def decode(self, ids):
-        return "".join(chr(i + 94) for i in ids)
+        return "".join(chr((i + 94) % 1000) for i in ids)
 
 
 TOKENIZER = Characters()
