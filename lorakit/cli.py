@@ -62,7 +62,7 @@ def _declare_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="a folder with an adapter, lorakit's or PEFT's")
     parser.add_argument("--base", help="compare with it: a short name, a local folder, or a hub id")
     parser.add_argument("--top", type=int, default=10, metavar="K",
-                        help="singular vectors of a layer that may be intruders, 0 for a quick look (default: 10)")  # fmt: skip
+                        help="singular vectors tried as intruders; 0 is quick (default: %(default)s)")  # fmt: skip
     parser.add_argument("--epsilon", type=float, default=0.5, help="cosine below which they are (default: %(default)s)")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw norm and effective rank by layer")
     parser.add_argument("--json", action="store_true", help="print everything, each layer too, as JSON")
@@ -103,7 +103,10 @@ def _audit(args: argparse.Namespace) -> int:
         raise ValueError(f"expected .jsonl files in {args.data}, got none")
     limit = context if args.max_length is None else args.max_length
     reports = [audit_data(file, tokenizer, limit, args.chat) for file in files]
-    print(json.dumps([each.as_record() for each in reports], indent=2) if args.json else "\n\n".join(map(str, reports)))
+    if args.json:
+        print(json.dumps([report.as_record() for report in reports], indent=2))
+    else:
+        print(*reports, sep="\n\n")
     return 1 if any(report.findings for report in reports) else 0
 
 

@@ -143,7 +143,7 @@ def amplification(weight: Float[Tensor, "d_out d_in"], delta: Float[Tensor, "d_o
 def factored_singular_values(B: Float[Tensor, "d_out rank"], A: Float[Tensor, "rank d_in"]) -> Float[Tensor, " n"]:
     """The singular values of `B A` in falling order, float64, without the product: those of `R_B R_A'`.
 
-    `B = Q_B R_B` and `A' = Q_A R_A` have orthonormal Qs, so that the values are those of a matrix of rank x rank at most.
+    `B = Q_B R_B` and `A' = Q_A R_A` have orthonormal Qs: the values are those of a matrix of at most rank x rank.
     The others, up to min(d_out, d_in), are zero.
 
     Args:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ EXTRA_KINDS = (  # what a tensor that is no factor is: the first part of a name 
     (".base_layer.", "the base's own weight"),
     ("embed", "whole embeddings"),
     ("lm_head", "whole output head"),
+    (".lora_", "factors of experts"),
 )
 
 
@@ -56,7 +57,7 @@ class Inspection:
 
     folder: str
     method: str  # LoRA, rsLoRA, DoRA, rsLoRA with DoRA, or PEFT's name of another method
-    saved_by: str
+    saved_by: str  # lorakit, or PEFT and its version
     base: str | None  # as the settings name it
     bytes: int  # of both files
     dtypes: dict[str, int]  # dtype -> numbers stored in it
@@ -101,39 +102,26 @@ def inspect_adapter(folder: str | os.PathLike) -> Inspection:
     folder = Path(folder)
     tensors, file, checksum = _read_both(folder)
     if not isinstance(file.get("peft_type"), str):
-        raise AdapterError(
-            f"expected an adapter's method as peft_type in {folder / CONFIG}, got {file.get('peft_type')!r}"
-        )
-    not_finite = tuple(key for key, tensor in tensors.items() if not tensor.double().isfinite().all())
+        raise AdapterError(f"expected a method as peft_type in {folder / CONFIG}, got {file.get('peft_type')!r}")
     factors, rest, problems = _sort(tensors, file)
-    layers = tuple(_layer(name, each, file, name_is_embedding) for (name, name_is_embedding), each in factors.items())
-    problems += [
-        f"{layer.name} has rank {layer.rank}, not {wanted} as its settings say"
-        for layer in layers
-        if layer.rank != (wanted := _config(file).at(layer.name)[0])
-    ]
+    layers = tuple(_layer(name, each, file, embedding) for (name, embedding), each in factors.items())
+    problems += _wrong_ranks(layers, file)
     if checksum is not None and checksum != _digest(tensors, file):
         problems.append("the files are not as lorakit saved them: another checksum")
     extra = tuple(Extra(key, _extra_kind(key, file), tensor.numel()) for key, tensor in rest.items())
-    dtypes: Counter[str] = Counter()
-    for tensor in tensors.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    dtypes = _dtypes(tensors)
     return Inspection(
         folder=str(folder),
         method=_method(file),
-        saved_by="lorakit"
-        if checksum is not None
-        else f"PEFT {file['peft_version']}"
-        if file.get("peft_version")
-        else "?",
+        saved_by="lorakit" if checksum is not None else f"PEFT {file.get('peft_version') or ''}".strip(),
         base=file.get("base_model_name_or_path") or None,
         bytes=sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG)),
-        dtypes=dict(dtypes),
-        numbers=dtypes.total(),
+        dtypes=dtypes,
+        numbers=sum(dtypes.values()),
         settings={key: value for key, value in sorted(file.items()) if value not in (None, False, "", [], {})},
         layers=layers,
         extra=extra,
-        not_finite=not_finite,
+        not_finite=tuple(key for key, tensor in tensors.items() if not tensor.double().isfinite().all()),
         zero=tuple(key for key, tensor in tensors.items() if not tensor.any()),
         problems=tuple(problems),
         served=tuple(served_by(file, [each.rank for each in layers], [each.scale for each in layers], extra)),
@@ -156,26 +144,43 @@ def _sort(
     """Factors by (name, whether it is an embedding), the other tensors, and what does not fit together."""
     if file.get("peft_type") != "LORA":
         return {}, dict(tensors), []
-    parts: dict[tuple[str, bool], dict[str, Tensor]] = {}
-    rest, problems = dict(tensors), []
+    parts: dict[tuple[str, bool], dict[str, str]] = {}  # the keys of A and B
+    rest, problems, found = dict(tensors), [], {}
     for key, tensor in tensors.items():
         if (match := FACTOR.fullmatch(key)) and tensor.ndim >= 2:
-            name = (match[1].removeprefix(PREFIX), match[2] is not None)
-            parts.setdefault(name, {})[match[3]] = tensor.flatten(1)  # a convolution's factors are products as well
-            del rest[key]
-    found = {}
-    for (name, embedding), pair in parts.items():
-        if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            problems.append(
-                f"{name} has no pair of factors: {', '.join(f'{k} {tuple(v.shape)}' for k, v in pair.items())}"
-            )
+            parts.setdefault((match[1].removeprefix(PREFIX), match[2] is not None), {})[match[3]] = key
+    for (name, embedding), keys in parts.items():
+        A, B = (tensors[keys[part]].flatten(1) if part in keys else None for part in "AB")  # a convolution's too
+        if A is None or B is None or A.shape[0] != B.shape[1]:
+            problems.append(f"{name} has no pair of factors, but {', '.join(keys.values())}")
             continue
-        magnitudes = [key for key in rest if key.removeprefix(PREFIX).startswith(f"{name}.lora_magnitude_vector")]
-        magnitude = rest.pop(magnitudes[0]) if magnitudes and file.get("use_dora") else None
+        if file.get("target_parameters") and A.shape[0] != _config(file).at(name)[0]:
+            continue  # those of many experts in one, whose product is no update
+        for key in keys.values():
+            del rest[key]
+        magnitude = rest.pop(_magnitude(name, rest), None) if file.get("use_dora") else None
         if file.get("use_dora") and magnitude is None:
             problems.append(f"{name} has no magnitudes, which DoRA needs")
-        found[name, embedding] = Factors(pair["B"], pair["A"], magnitude)
+        found[name, embedding] = Factors(B, A, magnitude)
     return found, rest, problems
+
+
+def _magnitude(name: str, keys: Iterable[str]) -> str:
+    ends = [f"{PREFIX}{name}.lora_magnitude_vector{end}" for end in ("", ".weight")]
+    return next((key for key in ends if key in keys), ends[0])
+
+
+def _wrong_ranks(layers: Iterable[Layer], file: Mapping[str, Any]) -> list[str]:
+    pairs = [(each, _config(file).at(each.name)[0]) for each in layers]
+    return [f"{each.name} has rank {each.rank}, its settings say {rank}" for each, rank in pairs if each.rank != rank]
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many numbers each dtype has."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return dict(counts)
 
 
 def _layer(name: str, factors: Factors, file: Mapping[str, Any], embedding: bool) -> Layer:

@@ -66,11 +66,8 @@ def _finite(value: float) -> float | None:
 
 
 def _head(found: Inspection) -> str:
-    by = {"lorakit": "saved by lorakit", "?": "saved by an unknown library"}.get(
-        found.saved_by, f"saved by {found.saved_by}"
-    )
-    dtypes = ", ".join(found.dtypes)
-    lines = [f"{found.folder}: {found.method}, {by}; {found.numbers:,} numbers, {dtypes}, {found.bytes / 1e6:.2f} MB"]
+    size = f"{found.numbers:,} numbers, {', '.join(found.dtypes)}, {found.bytes / 1e6:.2f} MB"
+    lines = [f"{found.folder}: {found.method}, saved by {found.saved_by}; {size}"]
     if found.base:
         lines.append(f"for {found.base}")
     return "\n".join(lines)

@@ -45,7 +45,9 @@ class Audit:
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))
-        lines = [f"{name.ljust(width)}  {_shown(value)}" for name, value in self.facts.items() if value is not None]
+        lines = [
+            f"{name.ljust(width)}  {_shown(value)}" for name, value in self.facts.items() if value not in (None, "")
+        ]
         return "\n".join([self.file, *(f"  {line}" for line in lines), *map(str, self.findings or ["nothing found"])])
 
     def as_record(self) -> dict[str, Any]:
@@ -53,9 +55,7 @@ class Audit:
         return asdict(self)
 
 
-Check = Callable[
-    [Row, Tokens, Tokenizer], str | None
-]  # what a row shows of a fault, '' for the fault alone, None if not
+Check = Callable[[Row, Tokens, Tokenizer], str | None]  # what a row shows of a fault, or ''; None if it has not got it
 
 
 def audit_data(
@@ -64,7 +64,7 @@ def audit_data(
     """Reads training data as a tokenizer does, and says what a training would make of it.
 
     Labelled tokens are those that a loss counts: the completion of a pair; in a conversation the assistant's turns, by
-    the template's own `{% generation %}` marks if it has them, else by the prefixes of the conversation up to each turn.
+    the template's own `{% generation %}` marks if it has them, else by the conversation's prefixes up to each turn.
 
     Args:
         data: a .jsonl file for `read_rows`, or rows.
@@ -221,7 +221,7 @@ CHECKS: dict[str, tuple[str, Check]] = {  # fault -> what it says of rows, and w
     "not-utf8": ("bytes that are not UTF-8", _not_utf8),
     "odd-characters": ("odd characters, as of a broken conversion", _odd),
     "roles": ("roles out of order", _roles),
-    "refused": ("the chat template refuses it", _refused),
+    "refused": ("the chat template does not take it as it is", _refused),
     "empty": ("an empty completion", _empty),
     "unlabelled": ("no labelled token, nothing to learn", _unlabelled),
     "no-end": ("labels without an end token, so that generation will not stop", _no_end),

@@ -2,11 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from lorakit._optional import need, quiet
@@ -90,8 +89,10 @@ class Tokenizer:
         labelled, border = [False] * len(ids), None
         for turn in turns:
             before = self.shown(row.messages[:turn], prompt=True)
-            upto = os.path.commonprefix([self.shown(row.messages[: turn + 1]), text])
-            if not text.startswith(before) or len(upto) < len(before):
+            whole = self.shown(row.messages[: turn + 1])
+            upto = _common(whole, text)  # less than the whole where a template ends every conversation by something
+            cut = upto != whole and text_of(row.messages[turn]).strip() not in upto[len(before) :]
+            if cut or not text.startswith(before):
                 return Tokens(ids, [False] * len(ids), added, refused=f"it shows turn {turn + 1} otherwise later on")
             first, last = self.ids(before), self.ids(upto)
             if ids[: len(first)] != first or ids[: len(last)] != last:
@@ -124,7 +125,7 @@ class Tokenizer:
             between = self.shown([user, reply, user]).rpartition("ANSWERED")[2].partition("ASKED")[0]
         except Exception:
             return ""
-        usual = os.path.commonprefix([opening[::-1], between[::-1]])[::-1]
+        usual = _common(opening[::-1], between[::-1])[::-1]
         rest = opening.removesuffix(usual)
         for word in self.special:
             rest = rest.replace(word, " ")
@@ -164,6 +165,12 @@ def load_tokenizer(model: str | os.PathLike) -> tuple[Any, int | None]:
             pass  # a folder that holds a tokenizer alone
     limits.append(tokenizer.model_max_length)
     return tokenizer, min((limit for limit in limits if limit and limit < ENDLESS), default=None)
+
+
+def _common(one: str, other: str) -> str:
+    """The beginning that two texts share."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
 
 
 def _around(before: str, after: str) -> str:
