@@ -42,5 +42,6 @@ def save_figure(found: Inspection, path: str | os.PathLike) -> Path:
     if path.suffix.lower() != ".png":
         raise ValueError(f"expected a name that ends in .png, got {path.name!r}")
     figure = draw_adapter(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically({path: lambda draft: figure.savefig(draft, format="png", dpi=150)})
     return path

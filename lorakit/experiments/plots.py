@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from lorakit.experiments.stats import mean_interval
 
@@ -86,7 +87,7 @@ def plot_by_depth(values: Mapping[str, Mapping[int, float]], ax: Axes, title: st
         depths = sorted(points)
         heights = [points[depth] for depth in depths]
         ax.plot(depths, heights, dash, marker=".", color=COLOURS[i % len(COLOURS)], label=label)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return style(ax, title, "block", ylabel)

@@ -227,7 +227,7 @@ def paired(items: Sequence[Any], answers: Sequence[str]) -> list[tuple[Any, str]
 
 def _lines(path: Path) -> list[Line]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -88,7 +88,7 @@ class Tokenizer:
             return Tokens(ids, [bool(m) and i >= start for i, m in enumerate(mask)], added)
         labelled, border = [False] * len(ids), None
         for turn in turns:
-            before = self.shown(row.messages[:turn], prompt=True)
+            before = self.shown(row.messages[:turn], prompt=True) if turn else self.generation_prompt
             whole = self.shown(row.messages[: turn + 1])
             upto = _common(whole, text)  # less than the whole where a template ends every conversation by something
             cut = upto != whole and text_of(row.messages[turn]).strip() not in upto[len(before) :]
