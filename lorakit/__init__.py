@@ -10,6 +10,7 @@ from lorakit.layers.dora import DoRALinear
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
+from lorakit.merging.inspection import inspect_adapter
 from lorakit.models.inject import Count, adapters, count, inject
 from lorakit.models.load import load_model
 from lorakit.models.merge import folded, merge, remove
@@ -19,6 +20,7 @@ from lorakit.models.save_load import load_adapter, save_adapter
 from lorakit.models.targets import find_targets
 from lorakit.tasks.sql.task import SQL, execution_accuracy, load_sql
 from lorakit.tasks.task import ChatFormat, Task
+from lorakit.training.audit import audit_data
 from lorakit.training.batch import Example, encode
 from lorakit.training.evaluate import exact_match
 from lorakit.training.fit import History, fit
@@ -49,6 +51,7 @@ __all__ = [
     "Spec",
     "Task",
     "adapters",
+    "audit_data",
     "budget",
     "count",
     "dequantize_model",
@@ -61,6 +64,7 @@ __all__ = [
     "folded",
     "greedy",
     "inject",
+    "inspect_adapter",
     "load_adapter",
     "load_model",
     "load_sql",

@@ -66,6 +66,58 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="a folder with an adapter, lorakit's or PEFT's")
+    parser.add_argument("--base", help="compare with it: a short name, a local folder, or a hub id")
+    parser.add_argument("--top", type=int, default=10, metavar="K",
+                        help="singular vectors tried as intruders; 0 is quick (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--epsilon", type=float, default=0.5, help="cosine below which they are (default: %(default)s)")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw norm and effective rank by layer")
+    parser.add_argument("--json", action="store_true", help="print everything, each layer too, as JSON")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    import json
+
+    from lorakit.merging import inspection_report as report
+    from lorakit.merging.against_base import compare_with_base
+    from lorakit.merging.inspection import inspect_adapter
+
+    found, compared = inspect_adapter(args.adapter), None
+    if args.figure is not None:
+        need("lorakit.experiments.adapter_figure", extra="course").save_figure(found, args.figure)
+    if args.base is not None:
+        compared = compare_with_base(found, args.base, args.top, args.epsilon, show=sys.stderr.isatty())
+    print(json.dumps(report.as_record(found, compared), indent=2) if args.json else report.describe(found, compared))
+    return 1 if report.is_broken(found, compared) else 0
+
+
+def _declare_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help="a .jsonl file with prompt and completion, or messages; or its folder")
+    parser.add_argument("--model", required=True, help="whose tokenizer: a short name, a local folder, or a hub id")
+    parser.add_argument("--chat", action="store_true", help="put the tokenizer's chat template around plain texts")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (default: the model's context)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _audit(args: argparse.Namespace) -> int:
+    import json
+
+    from lorakit.training.audit import audit_data, load_tokenizer
+
+    tokenizer, context = load_tokenizer(args.model)
+    files = sorted(args.data.glob("*.jsonl")) if args.data.is_dir() else [args.data]
+    if not files:
+        raise ValueError(f"expected .jsonl files in {args.data}, got none")
+    limit = context if args.max_length is None else args.max_length
+    reports = [audit_data(file, tokenizer, limit, args.chat) for file in files]
+    if args.json:
+        print(json.dumps([report.as_record() for report in reports], indent=2))
+    else:
+        print(*reports, sep="\n\n")
+    return 1 if any(report.findings for report in reports) else 0
+
+
 def _declare_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=_place, help="where to write, such as data/sql")
     parser.add_argument(
@@ -210,6 +262,8 @@ COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
     "merge": Command("merge an adapter into its base, check it, save a plain model", _declare_merge, _merge),
+    "inspect": Command("say what a saved adapter is, and who serves it", _declare_inspect, _inspect),
+    "audit": Command("find what is wrong with training data, as a tokenizer sees it", _declare_audit, _audit),
     "budget": Command("what a training step needs, from a model's config alone", _declare_budget, _budget),
     "data": Command("write the text-to-SQL task's files and their card", _declare_data, _data),
     "pretrain": Command("make the tiny base model from nothing, about two minutes", _declare_pretrain, _pretrain),

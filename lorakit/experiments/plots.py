@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from lorakit.experiments.stats import mean_interval
 
@@ -70,6 +71,26 @@ def plot_energy(spectra: Mapping[str, Sequence[float]], ax: Axes, title: str = "
     ax.set_ylim(0, 104)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return style(ax, title, "directions kept, k", "captured energy (%)")
+
+
+def plot_by_depth(values: Mapping[str, Mapping[int, float]], ax: Axes, title: str = "", ylabel: str = "") -> Axes:
+    """Draws a number of every layer against its depth in the model, one line a kind of layer.
+
+    Args:
+        values: kind -> depth -> the number; kinds beyond the colours get another dash.
+        ax: where to draw.
+        title: the question that the figure answers.
+        ylabel: the number, with its unit.
+    """
+    for i, (label, points) in enumerate(values.items()):
+        dash = ("-", "--", ":")[i // len(COLOURS) % 3]
+        depths = sorted(points)
+        heights = [points[depth] for depth in depths]
+        ax.plot(depths, heights, dash, marker=".", color=COLOURS[i % len(COLOURS)], label=label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, "block", ylabel)
 
 
 def plot_against(

@@ -335,3 +335,29 @@ def test_the_recorded_similarities_are_those_of_the_stored_matrices():
             assert math.isclose(lowrank.subspace_similarity(a, b, 8, 8), recorded, abs_tol=1e-4)
     assert len(pairs) == 3
     assert frame(RECORD / "trainings")["rank"].tolist() == [8, 64, 64]
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(20, 12, 4), (12, 20, 4), (6, 9, 11)])
+def test_a_products_singular_values_come_from_its_factors(d_out, d_in, rank):
+    torch.manual_seed(0)
+    B, A = torch.randn(d_out, rank), torch.randn(rank, d_in)
+    values = lowrank.factored_singular_values(B, A)
+    wanted = torch.linalg.svdvals(B.double() @ A.double())
+    torch.testing.assert_close(values, wanted[: len(values)])
+    assert (wanted[len(values) :] < 1e-12).all()
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(40, 30), (30, 40)])
+def test_an_intruder_is_like_no_singular_vector_of_the_weight(d_out, d_in):
+    torch.manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(d_out, d_in), full_matrices=False)
+    W = U @ torch.diag(1.5 ** -torch.arange(30.0)) @ V
+    new = U.sum(1, keepdim=True) / 30**0.5  # its cosine with each of W's is 0.18
+    assert lowrank.count_intruders(W, torch.zeros_like(W)) == 0
+    assert lowrank.count_intruders(W, 50 * U[:, 3:4] @ V[3:4]) == 0, "one of W's own is no intruder, however large"
+    assert lowrank.count_intruders(W, 50 * new @ V[3:4], k=5) == 1
+    assert lowrank.count_intruders(W, 50 * new @ V[3:4], k=5, epsilon=0.1) == 0
+    assert lowrank.count_intruders(torch.zeros_like(W), new @ V[3:4], k=1) == 1
+    for k, epsilon in ((0, 0.5), (10, 0.0), (10, 1.5)):
+        with pytest.raises(ValueError, match="expected k >= 1 and epsilon"):
+            lowrank.count_intruders(W, W, k, epsilon)

@@ -133,7 +133,7 @@ def test_answers_end_at_the_formats_end(monkeypatch):
 
 
 def write_lines(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8")
 
 
 def test_what_is_exact_is_right_and_not_generated(monkeypatch):
@@ -158,7 +158,7 @@ def test_what_is_exact_is_right_and_not_generated(monkeypatch):
 
 
 def test_a_folder_is_a_task(tmp_path):
-    rows = [{"prompt": f"question {i} é", "completion": f" {i}"} for i in range(3)]
+    rows = [{"prompt": f"question {i} é\u2028", "completion": f" {i}"} for i in range(3)]  # a line separator in it
     with pytest.raises(FileNotFoundError, match=r"train.jsonl and test.jsonl, got '.*nowhere'"):
         own_task(tmp_path / "nowhere")
     write_lines(tmp_path / "train.jsonl", *rows)
@@ -174,7 +174,7 @@ def test_a_folder_is_a_task(tmp_path):
     with pytest.raises(ValueError, match="n up to 3"):
         task.items("train", 4)
     chat = own_task(tmp_path, CHATML)
-    assert chat.prompt(chat.items("test")[0]) == CHATML.prompt("question 0 é")
+    assert chat.prompt(chat.items("test")[0]) == CHATML.prompt("question 0 é\u2028")
     assert chat.completion(chat.items("test")[0]) == " 0<|im_end|>"
 
 

@@ -1,0 +1,219 @@
+"""What a saved adapter is, from its two files alone: settings, layers, each update's size and rank, what is wrong."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lorakit.layers.config import LoRAConfig
+from lorakit.layers.lora import checked_scale
+from lorakit.layers.lowrank import effective_rank, factored_singular_values
+from lorakit.merging.serving import Extra, Served, served_by
+from lorakit.models.peft_files import CONFIG, WEIGHTS, AdapterError, _digest, _read_both, as_config
+from lorakit.models.save_load import PREFIX
+
+FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what rank and scale follow from
+EXTRA_KINDS = (  # what a tensor that is no factor is: the first part of a name that its key has
+    ("trainable_tokens_delta", "token rows"),
+    ("lora_B.bias", "bias of B"),
+    (".bias", "bias"),
+    (".base_layer.", "the base's own weight"),
+    ("embed", "whole embeddings"),
+    ("lm_head", "whole output head"),
+    (".lora_", "factors of experts"),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's update `s B A`: its size is the Frobenius norm, None where a factor is not finite."""
+
+    name: str
+    kind: str  # the last part of its name
+    shape: tuple[int, int]  # d_out and d_in; of an embedding its width and its tokens
+    rank: int
+    alpha: float
+    scale: float
+    norm: float | None
+    effective_rank: float | None  # 0 of an update that is zero
+    embedding: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """True if the update is zero."""
+        return self.norm == 0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the two files of an adapter hold; `layers` is empty for methods other than LoRA."""
+
+    folder: str
+    method: str  # LoRA, rsLoRA, DoRA, rsLoRA with DoRA, or PEFT's name of another method
+    saved_by: str  # lorakit, or PEFT and its version
+    base: str | None  # as the settings name it
+    bytes: int  # of both files
+    dtypes: dict[str, int]  # dtype -> numbers stored in it
+    numbers: int
+    settings: dict[str, Any]  # those that say something
+    layers: tuple[Layer, ...]
+    extra: tuple[Extra, ...]
+    not_finite: tuple[str, ...]  # keys
+    zero: tuple[str, ...]  # keys
+    problems: tuple[str, ...]
+    served: tuple[Served, ...]
+
+    @property
+    def idle(self) -> list[str]:
+        """Names of the layers whose update is zero."""
+        return [layer.name for layer in self.layers if layer.idle]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's factors as the file holds them, as matrices, and its magnitudes if it is DoRA's."""
+
+    B: Float[Tensor, "d_out rank"]
+    A: Float[Tensor, "rank d_in"]
+    magnitude: Tensor | None = None
+
+
+def inspect_adapter(folder: str | os.PathLike) -> Inspection:
+    """Says what a saved adapter is, lorakit's or PEFT's, without its base; no matrix of a layer's size is built.
+
+    Args:
+        folder: holds `adapter_model.safetensors` and `adapter_config.json`. LoRA, rsLoRA and DoRA are taken apart; of
+            other methods the settings and the numbers are told.
+
+    Returns:
+        what the files hold. Values that are not finite are told, not refused.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        AdapterError: a file is damaged, or has settings out of range.
+    """
+    folder = Path(folder)
+    tensors, file, checksum = _read_both(folder)
+    if not isinstance(file.get("peft_type"), str):
+        raise AdapterError(f"expected a method as peft_type in {folder / CONFIG}, got {file.get('peft_type')!r}")
+    factors, rest, problems = _sort(tensors, file)
+    layers = tuple(_layer(name, each, file, embedding) for (name, embedding), each in factors.items())
+    problems += _wrong_ranks(layers, file)
+    if checksum is not None and checksum != _digest(tensors, file):
+        problems.append("the files are not as lorakit saved them: another checksum")
+    extra = tuple(Extra(key, _extra_kind(key, file), tensor.numel()) for key, tensor in rest.items())
+    dtypes = _dtypes(tensors)
+    return Inspection(
+        folder=str(folder),
+        method=_method(file),
+        saved_by="lorakit" if checksum is not None else f"PEFT {file.get('peft_version') or ''}".strip(),
+        base=file.get("base_model_name_or_path") or None,
+        bytes=sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG)),
+        dtypes=dtypes,
+        numbers=sum(dtypes.values()),
+        settings={key: value for key, value in sorted(file.items()) if value not in (None, False, "", [], {})},
+        layers=layers,
+        extra=extra,
+        not_finite=tuple(key for key, tensor in tensors.items() if not tensor.double().isfinite().all()),
+        zero=tuple(key for key, tensor in tensors.items() if not tensor.any()),
+        problems=tuple(problems),
+        served=tuple(served_by(file, [each.rank for each in layers], [each.scale for each in layers], extra)),
+    )
+
+
+def read_factors(folder: str | os.PathLike) -> dict[str, Factors]:
+    """The factors of a saved LoRA or DoRA by the name of the layer, as its file holds them.
+
+    Raises:
+        FileNotFoundError, AdapterError: as `inspect_adapter`.
+    """
+    tensors, file, _ = _read_both(Path(folder))
+    return {name: each for (name, _), each in _sort(tensors, file)[0].items()}
+
+
+def _sort(
+    tensors: Mapping[str, Tensor], file: Mapping[str, Any]
+) -> tuple[dict[tuple[str, bool], Factors], dict[str, Tensor], list[str]]:
+    """Factors by (name, whether it is an embedding), the other tensors, and what does not fit together."""
+    if file.get("peft_type") != "LORA":
+        return {}, dict(tensors), []
+    parts: dict[tuple[str, bool], dict[str, str]] = {}  # the keys of A and B
+    rest, problems, found = dict(tensors), [], {}
+    for key, tensor in tensors.items():
+        if (match := FACTOR.fullmatch(key)) and tensor.ndim >= 2:
+            parts.setdefault((match[1].removeprefix(PREFIX), match[2] is not None), {})[match[3]] = key
+    for (name, embedding), keys in parts.items():
+        A, B = (tensors[keys[part]].flatten(1) if part in keys else None for part in "AB")  # a convolution's too
+        if A is None or B is None or A.shape[0] != B.shape[1]:
+            problems.append(f"{name} has no pair of factors, but {', '.join(keys.values())}")
+            continue
+        if file.get("target_parameters") and A.shape[0] != _config(file).at(name)[0]:
+            continue  # those of many experts in one, whose product is no update
+        for key in keys.values():
+            del rest[key]
+        magnitude = rest.pop(_magnitude(name, rest), None) if file.get("use_dora") else None
+        if file.get("use_dora") and magnitude is None:
+            problems.append(f"{name} has no magnitudes, which DoRA needs")
+        found[name, embedding] = Factors(B, A, magnitude)
+    return found, rest, problems
+
+
+def _magnitude(name: str, keys: Iterable[str]) -> str:
+    ends = [f"{PREFIX}{name}.lora_magnitude_vector{end}" for end in ("", ".weight")]
+    return next((key for key in ends if key in keys), ends[0])
+
+
+def _wrong_ranks(layers: Iterable[Layer], file: Mapping[str, Any]) -> list[str]:
+    pairs = [(each, _config(file).at(each.name)[0]) for each in layers]
+    return [f"{each.name} has rank {each.rank}, its settings say {rank}" for each, rank in pairs if each.rank != rank]
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many numbers each dtype has."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return dict(counts)
+
+
+def _layer(name: str, factors: Factors, file: Mapping[str, Any], embedding: bool) -> Layer:
+    config = _config(file)
+    rank, alpha = factors.A.shape[0], config.at(name)[1]
+    scale = checked_scale(rank, alpha, scale_rule=config.scale_rule)
+    B, A = factors.B.double(), factors.A.double()
+    norm = effective = None
+    if B.isfinite().all() and A.isfinite().all():
+        values = abs(scale) * factored_singular_values(B, A)
+        norm = values.norm().item()
+        effective = effective_rank(values) if norm > 0 else 0.0
+    shape = (B.shape[0], A.shape[1])
+    return Layer(name, name.rsplit(".", 1)[-1], shape, rank, alpha, scale, norm, effective, embedding)
+
+
+def _config(file: Mapping[str, Any]) -> LoRAConfig:
+    """The settings that rank and scale follow from, whatever the others are."""
+    plain = {key: file[key] for key in SETTINGS if key in file}
+    return as_config({"peft_type": "LORA", "target_modules": "all-linear", **plain})
+
+
+def _method(file: Mapping[str, Any]) -> str:
+    if file["peft_type"] != "LORA":
+        return file["peft_type"]
+    names = [name for key, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if file.get(key)]
+    return " with ".join(names) or "LoRA"
+
+
+def _extra_kind(key: str, file: Mapping[str, Any]) -> str:
+    if file["peft_type"] != "LORA":
+        return file["peft_type"]
+    saved = file.get("modules_to_save") or []
+    if any(f".{name}." in key for name in saved):
+        return "whole layer (modules_to_save)"
+    return next((kind for part, kind in EXTRA_KINDS if part in key), "unknown")
