@@ -126,7 +126,10 @@ def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     def check(header: dict[str, Tensor], file: dict[str, Any]) -> None:
         if file.get("use_dora"):
             raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
-        keys.update(_pairs(header, as_config(file)))
+        try:
+            keys.update(_pairs(header, as_config(file)))
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
 
     tensors, file = read_adapter(folder, check=check)
     config, found = as_config(file), {}

@@ -361,8 +361,8 @@ def test_a_config_is_found_wherever_it_is(tmp_path):
         ({"dtype": torch.float64}, "expected a dtype, got 'float64'"),
         ({"optimizer": "adam"}, "expected an optimizer, got 'adam'; near: adamw"),
         ({"tokens": 65}, "expected batch_size >= 1 and 1 <= tokens <= 64, got 8 and 65"),
-        ({"batch_size": 0}, "expected batch_size >= 1"),
-        ({"rank": 0}, "expected an integer rank >= 1, got 0"),
+        ({"batch_size": 0}, "expected batch_size as an integer >= 1"),
+        ({"rank": 0}, "expected rank as an integer >= 1, got 0"),
         ({"targets": ["q_prj"]}, "got 'q_prj'; near.*: q_proj"),
         ({"model": transformers.ViTConfig()}, "expected a causal language model, got 'vit'"),
     ],
@@ -409,7 +409,7 @@ def test_an_impossible_config_is_one_line(tmp_path, capsys, change):
 
 
 def test_sizes_that_no_float_holds_are_refused():
-    with pytest.raises(ValueError, match="that a float can hold"):
+    with pytest.raises(ValueError, match="expected a finite scale"):
         budget(CONFIGS["llama"](), rank=10**400, tokens=4)
 
 

@@ -319,8 +319,8 @@ def test_numbers_that_the_parameters_cannot_hold_are_refused(saved):
 def test_factors_of_two_dtypes_are_read_in_the_wider(saved):
     folder, model = saved
     edit_tensors(folder, lambda tensors: tensors.update({k: t.double() for k, t in tensors.items() if "lora_A" in k}))
-    update, layer = next(iter(read_updates(folder).values())), next(iter(adapters(model).values()))
-    torch.testing.assert_close(update.matrix, layer.delta_weight().detach().double())
+    for name, update in read_updates(folder).items():
+        torch.testing.assert_close(update.matrix, adapters(model)[name].delta_weight().detach().double())
 
 
 class Named(LoRALinear):
@@ -412,7 +412,8 @@ def test_wrappers_leave_no_trace_in_the_names(saved, wrap, tmp_path):
     for again in (build("llama"), inject(build("llama"), 3, 8, scale_rule="rslora")):
         wrapped = load_adapter(wrap(again), tmp_path / "wrapped")
         assert all(torch.equal(each.B, adapters(model)[name].B) for name, each in adapters(wrapped).items())
-        assert torch.equal(logits_of(again, "llama"), expected)
+        with torch.compiler.set_stance("force_eager"):  # tracing does not get along with the tests' type checker
+            assert torch.equal(logits_of(again, "llama"), expected)
     assert read_updates(wrapped).keys() == read_updates(folder).keys()
 
 
