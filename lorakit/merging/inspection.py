@@ -15,7 +15,7 @@ from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import checked_scale
 from lorakit.layers.lowrank import effective_rank, factored_singular_values
 from lorakit.merging.serving import Extra, Served, served_by
-from lorakit.models.peft_files import CONFIG, WEIGHTS, AdapterError, _digest, _read_both, as_config
+from lorakit.models.peft_files import CONFIG, WEIGHTS, AdapterError, as_config, digest, read_both
 from lorakit.models.save_load import PREFIX
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
@@ -100,13 +100,13 @@ def inspect_adapter(folder: str | os.PathLike) -> Inspection:
         AdapterError: a file is damaged, or has settings out of range.
     """
     folder = Path(folder)
-    tensors, file, checksum = _read_both(folder)
+    tensors, file, checksum = read_both(folder)
     if not isinstance(file.get("peft_type"), str):
         raise AdapterError(f"expected a method as peft_type in {folder / CONFIG}, got {file.get('peft_type')!r}")
     factors, rest, problems = _sort(tensors, file)
     layers = tuple(_layer(name, each, file, embedding) for (name, embedding), each in factors.items())
     problems += _wrong_ranks(layers, file)
-    if checksum is not None and checksum != _digest(tensors, file):
+    if checksum is not None and checksum != digest(tensors, file):
         problems.append("the files are not as lorakit saved them: another checksum")
     extra = tuple(Extra(key, _extra_kind(key, file), tensor.numel()) for key, tensor in rest.items())
     dtypes = _dtypes(tensors)
@@ -134,7 +134,7 @@ def read_factors(folder: str | os.PathLike) -> dict[str, Factors]:
     Raises:
         FileNotFoundError, AdapterError: as `inspect_adapter`.
     """
-    tensors, file, _ = _read_both(Path(folder))
+    tensors, file, _ = read_both(Path(folder))
     return {name: each for (name, _), each in _sort(tensors, file)[0].items()}
 
 

@@ -44,7 +44,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     A reader, and whoever comes after a kill, finds the adapter that was there or the new one, never half of each.
     """
     check_finite(tensors)
-    metadata = {"format": "pt", CHECKSUM: _digest(tensors, config)}
+    metadata = {"format": "pt", CHECKSUM: digest(tensors, config)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -71,6 +71,22 @@ def read_adapter(
         FileNotFoundError: one of the two files is missing.
         AdapterError: a file is damaged, or the configuration is of another method or has settings out of range.
     """
+    tensors, config, checksum = read_both(folder, lambda config: _check_settings(config, kinds), check)
+    if checksum is not None and checksum != digest(tensors, config):
+        raise AdapterError(f"expected the files as they were saved, got another checksum: {folder} was altered")
+    check_finite(tensors)
+    return tensors, config
+
+
+def read_both(
+    folder: Path,
+    look: Callable[[dict[str, Any]], None] = lambda config: None,
+    check: Check = lambda header, config: None,
+) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Tensors, settings and checksum of one adapter, though somebody may save another over it meanwhile.
+
+    `look` sees the settings first, then `check` also what the file says of its tensors; only then they are read.
+    """
     text = _read_bytes(folder / CONFIG)
     while True:
         with _opened(folder / WEIGHTS) as file:
@@ -80,16 +96,11 @@ def read_adapter(
                 if metadata.get(REPLACED) == xxh3_128(text).hexdigest():
                     text = metadata.get(SETTINGS, "").encode()
                 config = _parse(text, folder / CONFIG)
-                _check_settings(config, kinds)
+                look(config)
                 header = {key: _described(key, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
                 check(header, config)
-                tensors = {key: file.get_tensor(key) for key in header}
-                break
+                return {key: file.get_tensor(key) for key in header}, config, metadata.get(CHECKSUM)
         text = again
-    if CHECKSUM in metadata and metadata[CHECKSUM] != _digest(tensors, config):
-        raise AdapterError(f"expected the files as they were saved, got another checksum: {folder} was altered")
-    check_finite(tensors)
-    return tensors, config
 
 
 def _check_settings(config: dict[str, Any], kinds: Container[str] | None) -> None:
@@ -192,7 +203,7 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
             raise AdapterError(f"expected finite values, got NaN or infinity in {key!r}")
 
 
-def _digest(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
+def digest(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
     """A checksum of the tensors and of the settings, less those that people edit by hand."""
     fixed = {key: value for key, value in config.items() if key not in EDITABLE}
     digest = xxh3_128(json.dumps(fixed, sort_keys=True).encode())
