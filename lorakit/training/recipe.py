@@ -1,10 +1,20 @@
 """How long and in what portions a training goes: one set of numbers for one adapter or many."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from lorakit._suggest import near_names
+
+# how the learning rate falls after the warm-up: from the share of those steps that is left to its share of the peak
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "constant": lambda left: 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -14,12 +24,15 @@ class Recipe:
     Args:
         steps: optimiser steps.
         batch_size: examples a step.
-        warmup: share of the steps, in [0, 1), over which the learning rate rises from 0; it then falls linearly to 0.
+        warmup: share of the steps, in [0, 1), over which the learning rate rises from 0.
         weight_decay: AdamW's.
         clip: largest norm of all gradients of a run together; `math.inf` for none.
+        accumulate: in how many portions a step's examples are read, one after the other: the step is the same, to
+            rounding, and its activations take so many times less memory.
+        schedule: what the learning rate does after the warm-up: "linear" and "cosine" fall to 0, "constant" stays.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or the schedule has no such name.
     """
 
     steps: int
@@ -27,12 +40,18 @@ class Recipe:
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
+    accumulate: int = 1
+    schedule: str = "linear"
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1 or not 0 <= self.warmup < 1:
             raise ValueError(f"expected steps, batch_size >= 1, 0 <= warmup < 1, got {self}")
         if not self.weight_decay >= 0 or not self.clip > 0:
             raise ValueError(f"expected weight_decay >= 0, clip > 0, got {self}")
+        if not 1 <= self.accumulate <= self.batch_size:
+            raise ValueError(f"expected 1 <= accumulate <= batch_size, got {self}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"expected a schedule, {near_names(self.schedule, SCHEDULES)}")
 
     @classmethod
     def of(cls, recipe: "Recipe | None", numbers: dict[str, Any]) -> "Recipe":
@@ -48,14 +67,14 @@ class Recipe:
 
     def share(self, step: int) -> float:
         """Of the peak learning rate, at a step."""
-        return linear_schedule(step, self.steps, self.warmup_steps)
+        return schedule_share(step, self.steps, self.warmup_steps, self.schedule)
 
 
-def linear_schedule(step: int, steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step: up from 0, then down to 0, as transformers' linear schedule."""
+def schedule_share(step: int, steps: int, warmup_steps: int, name: str = "linear") -> float:
+    """Share of the peak learning rate at a step: up from 0, then as `SCHEDULES` say, with transformers' values."""
     if step < warmup_steps:
         return step / warmup_steps
-    return (steps - step) / max(1, steps - warmup_steps)
+    return SCHEDULES[name]((steps - step) / max(1, steps - warmup_steps))
 
 
 def batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ from lorakit._optional import quiet
 from lorakit.models.inject import adapters
 from lorakit.training.batch import IGNORE, collate
 from lorakit.training.loss import completion_loss
-from lorakit.training.recipe import batches, linear_schedule
+from lorakit.training.recipe import batches, schedule_share
 from lorakit.training.reference_loop import plain_loop
 
 
@@ -113,7 +113,7 @@ def test_the_schedule_is_that_of_transformers(steps, warmup):
     parameter = torch.nn.Parameter(torch.zeros(1))
     theirs = get_linear_schedule_with_warmup(torch.optim.SGD([parameter], lr=1.0), warmup, steps)
     for step in range(steps):
-        assert linear_schedule(step, steps, warmup) == pytest.approx(theirs.get_last_lr()[0])
+        assert schedule_share(step, steps, warmup) == pytest.approx(theirs.get_last_lr()[0])
         theirs.optimizer.step()
         theirs.step()
 
@@ -170,7 +170,7 @@ def test_fit_is_a_function_of_its_seeds_and_leaves_the_random_state():
 
 def test_the_learning_rate_in_the_history_is_the_one_used():
     history = fit(adapted(), examples(), steps=10, warmup=0.2, lr=1.0e-3, show=False)
-    assert history.lr == pytest.approx([1e-3 * linear_schedule(step, 10, 2) for step in range(10)])
+    assert history.lr == pytest.approx([1e-3 * schedule_share(step, 10, 2) for step in range(10)])
     assert history.tokens[0] == sum(len(examples()[i].input_ids) for i in batches(24, 8, 1, 0)[0])
 
 
@@ -180,7 +180,7 @@ def test_loraplus_trains_b_at_its_own_rate():
     optimizer = torch.optim.AdamW(loraplus_groups(expected, 1e-3, ratio=4.0), weight_decay=0.0)
     for step, indices in enumerate(batches(24, 8, 3, 0)):
         for group, rate in zip(optimizer.param_groups, (1e-3, 4e-3), strict=True):
-            group["lr"] = rate * linear_schedule(step, 3, 1)
+            group["lr"] = rate * schedule_share(step, 3, 1)
         completion_loss(expected, collate([texts[i] for i in indices])).backward()
         torch.nn.utils.clip_grad_norm_([p for p in expected.parameters() if p.requires_grad], 1.0)
         optimizer.step()
