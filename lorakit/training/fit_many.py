@@ -14,7 +14,8 @@ from lorakit.layers.multi_lora import LoRAStack
 from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
 from lorakit.training.batch import Example
-from lorakit.training.fit import History, Run, train
+from lorakit.training.fit import Run, train
+from lorakit.training.history import History
 from lorakit.training.recipe import Recipe
 
 
