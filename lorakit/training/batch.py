@@ -35,8 +35,9 @@ def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None 
             The completion is never cut. None for any number.
 
     Raises:
-        ValueError: the completion alone is longer than `max_length`; or the tokenizer gives words that it does not know the id of another token, or a completion holds words
-            that it does not know: a model would learn something else, and could look perfect at it.
+        ValueError: the completion alone is longer than `max_length`; or the tokenizer gives words that it does not know
+            the id of another token, or a completion holds words that it does not know: a model would learn something
+            else, and could look perfect at it.
     """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]

@@ -62,12 +62,10 @@ class Checkpoints:
         for _, path in reversed(self._files()):
             try:
                 found = _read(path)
-            except OSError:
-                raise
+                other = found["fingerprint"]
             except Exception as error:  # whatever torch makes of a damaged file
                 warnings.warn(f"expected a whole checkpoint, passed over {path}: {_line(error)}", stacklevel=5)
                 continue
-            other = found["fingerprint"]
             names = [name for name in fingerprint | other if fingerprint.get(name) != other.get(name)]
             if names:
                 what = ", ".join(_difference(name, fingerprint.get(name), other.get(name)) for name in names)
@@ -172,20 +170,20 @@ def _feed(found: Any, value: Any) -> None:
     if isinstance(value, Example):
         _feed(found, [array("q", value.input_ids), array("q", value.labels)])
     elif isinstance(value, array):
-        found.update(f"array {len(value)}")
+        found.update(f"array {len(value)}".encode())
         found.update(value)
     elif isinstance(value, Tensor):
-        found.update(f"tensor {tuple(value.shape)} {value.dtype}")
+        found.update(f"tensor {tuple(value.shape)} {value.dtype}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
-        found.update(f"mapping {len(value)}")
+        found.update(f"mapping {len(value)}".encode())
         for name, inner in value.items():
             _feed(found, name)
             _feed(found, inner)
     elif isinstance(value, str | bytes | int | float | None):
-        found.update(repr(value))
+        found.update(repr(value).encode())
     elif hasattr(value, "__len__") and hasattr(value, "__getitem__") and not hasattr(value, "dtype"):
-        found.update(f"sequence {len(value)}")
+        found.update(f"sequence {len(value)}".encode())
         for i in range(len(value)):  # a data set need not end by itself
             _feed(found, value[i])
     else:
@@ -202,7 +200,12 @@ def _circumstances(model: nn.Module) -> dict[str, Any]:
 
 def _write(state: dict[str, Any], path: Path) -> None:
     torch.save(state, path)
-    _read(path)  # what an optimiser keeps may not be readable without trust: that must not be found out later
+    try:
+        _read(path)
+    except pickle.UnpicklingError as error:  # better now than when it is needed
+        raise ValueError(
+            f"expected an optimizer that keeps tensors and plain values alone, got {_line(error)}"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -109,14 +109,12 @@ def test_another_training_is_refused(tmp_path_factory, settings, word):
     with pytest.raises(ValueError, match=rf"got another (optimizer|{word})"):
         train(folder, **settings)
     if word == "seed":
-        with pytest.raises(ValueError, match="model, parameters"):
-            model = build("llama")
-            inject(model, 3, 8)
-            train(folder, model=model)
-        with pytest.raises(ValueError, match="frozen weights"):
-            model = build("llama", seed=1)
-            inject(model, 4, 8, dropout=0.2)
-            train(folder, model=model)
+        for model, what in (
+            (inject(build("llama"), 3, 8), "model, parameters"),
+            (inject(build("llama", seed=1), 4, 8, dropout=0.2), "frozen weights"),
+        ):
+            with pytest.raises(ValueError, match=what):
+                train(folder, model=model)
 
 
 def test_what_was_decided_is_pinned(tmp_path, monkeypatch):
