@@ -64,7 +64,7 @@ class Checkpoints:
                 found = _read(path)
                 other = found["fingerprint"]
             except Exception as error:  # whatever torch makes of a damaged file
-                warnings.warn(f"expected a whole checkpoint, passed over {path}: {_line(error)}", stacklevel=5)
+                warnings.warn(f"expected a whole checkpoint, passed over {path}: {_line(error)}", stacklevel=4)
                 continue
             names = [name for name in fingerprint | other if fingerprint.get(name) != other.get(name)]
             if names:
@@ -129,7 +129,7 @@ class Training:
             then = state["circumstances"] | {name: decision.used for name, decision in decisions.items()}
             changed = [f"{name} {then[name]}, now {now[name]}" for name in now if now[name] != then.get(name)]
             if changed:
-                warnings.warn(f"the training goes on with other rounding: {'; '.join(changed)}", stacklevel=5)
+                warnings.warn(f"the training goes on with other rounding: {'; '.join(changed)}", stacklevel=4)
             speed.decisions |= decisions
         return len(self.history.loss)
 
@@ -181,7 +181,7 @@ def _feed(found: Any, value: Any) -> None:
             _feed(found, name)
             _feed(found, inner)
     elif isinstance(value, str | bytes | int | float | None):
-        found.update(repr(value).encode())
+        found.update(f"{value!r};".encode())
     elif hasattr(value, "__len__") and hasattr(value, "__getitem__") and not hasattr(value, "dtype"):
         found.update(f"sequence {len(value)}".encode())
         for i in range(len(value)):  # a data set need not end by itself

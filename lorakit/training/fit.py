@@ -115,7 +115,8 @@ def fit(
     objective, held_out = Objective(loss_fn, collate), Validation(validation, validate_every, patience)
     if checkpoint is None and checkpoint_every is not None:
         raise ValueError(f"expected a checkpoint folder with checkpoint_every, got {checkpoint_every} alone")
-    files = None if checkpoint is None else Checkpoints(Path(checkpoint), checkpoint_every or EVERY, keep)
+    every = EVERY if checkpoint_every is None else checkpoint_every
+    files = None if checkpoint is None else Checkpoints(Path(checkpoint), every, keep)
     train(model, [run], recipe, accelerate, show, optimizer, after_step, objective, held_out, files)
     if run.error:
         raise FloatingPointError(run.error)
@@ -157,11 +158,9 @@ def train(
     again = [text.input_ids for text in first.examples] if repeats else ()
     was_training, stream = model.training, Stream(first.seed)
     training = Training(model, optimizer, schedule, stream, held_out, first.history)
-    same, found = {}, None
-    if files:
-        settings = asdict(recipe) | {"lr": first.lr, "seed": first.seed, "accelerate": accelerate}
-        same = fingerprint(model, optimizer, held_out, examples=first.examples, **settings)
-        found = files.newest(same)
+    settings = asdict(recipe) | {"lr": first.lr, "seed": first.seed, "accelerate": accelerate}
+    same = fingerprint(model, optimizer, held_out, examples=first.examples, **settings) if files else {}
+    found = files.newest(same) if files else None
     if found and found["done"]:
         training.go_on(found)
         return
@@ -202,9 +201,10 @@ def train(
                 )
                 if after_step:
                     with speed.suspended():
-                        ends |= after_step(first.history.last()) == STOP
+                        answer = after_step(first.history.last())
                     _check_held(model, runs, step + 1)
                     stream.watch()
+                    ends |= isinstance(answer, str) and answer == STOP
                 progress.update(1, f"loss {sum(going) / len(going):.3f}")
                 if ends:
                     break
