@@ -199,7 +199,7 @@ def _circumstances(model: nn.Module) -> dict[str, Any]:
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    torch.save(state, path)
+    torch.save(state | {"digest": digest(state)}, path)  # torch does not see damage to a tensor's bytes
     try:
         _read(path)
     except pickle.UnpicklingError as error:  # better now than when it is needed
@@ -209,7 +209,10 @@ def _write(state: dict[str, Any], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.pop("digest") != digest(state):
+        raise ValueError("its contents are not those that were written")
+    return state
 
 
 def _line(error: Exception) -> str:
