@@ -9,11 +9,13 @@ import random
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorakit.training import checkpoint
 from lorakit.training.batch import IGNORE, Example
@@ -52,22 +54,16 @@ def train(name, folder, kill=None):
     step, where = kill or (None, "")
     model = Model()
     after_step = lambda done: done.number == step and where == "behind" and die()  # noqa: E731
-    make = OPTIMIZERS[name]
     if where == "in":
         at = iter(range(step))  # the optimiser's steps of this process
-
-        def make(groups, plain=OPTIMIZERS[name] or torch.optim.AdamW):
-            optimizer = plain(groups)
-            optimizer.register_step_pre_hook(lambda *_: next(at, None) is None and die())
-            return optimizer
-
+        register_optimizer_step_pre_hook(lambda *_: next(at, None) is None and die())
     if where == "writing":
         save = checkpoint._write
         checkpoint._write = lambda state, path: (save(state, path), os.truncate(path, 1000), die())
-    history = fit(
-        model, texts(0), steps=STEPS, batch_size=4, lr=1e-2, optimizer=make, after_step=after_step, show=False,
-        validation=texts(1), validate_every=2, patience=3, checkpoint=folder, checkpoint_every=EVERY,
-    )  # fmt: skip
+    settings = {"steps": STEPS, "batch_size": 4, "lr": 1e-2, "optimizer": OPTIMIZERS[name], "after_step": after_step}
+    settings |= {"validation": texts(1), "validate_every": 2, "patience": 3}
+    settings |= {"checkpoint": folder, "checkpoint_every": EVERY} if folder else {}
+    history = fit(model, texts(0), show=False, **settings)
     return {"weights": model.state_dict(), **{name: getattr(history, name) for name in KEPT}}
 
 
@@ -77,11 +73,15 @@ KEPT = ("loss", "lr", "tokens", "validation", "best")
 def in_a_child(work):
     """Does it in another process; True if that was killed."""
     if pid := os.fork():
-        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status) or not os.WEXITSTATUS(status)
+        return os.WIFSIGNALED(status)
     try:
         work()
-    finally:
         os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def main(name):
