@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers as tf
 from helpers.architectures import TINY, build
-from helpers.texts import examples
+from helpers.texts import TOKENIZER, examples
 
-from lorakit import LoRAConfig, Spec, fit, fit_many, inject
+from lorakit import LoRAConfig, Spec, encode, fit, fit_many, inject
 
 BERT = {name: value for name, value in TINY.items() if name != "bos_token_id"}
+UNEVEN = [*examples(5), *(encode(TOKENIZER, letter, "a\x02") for letter in "bcd")]  # of which some can share a row
 LOSS = {"loss_fn": lambda model, batch: model(**batch).loss}
 
 
@@ -18,7 +19,7 @@ def moved(model, texts=None, **settings):
     """How one step of plain descent moves what trains: its gradient; and the history."""
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     plain = {"steps": 1, "batch_size": 8, "lr": 1.0, "warmup": 0, "clip": math.inf, "optimizer": torch.optim.SGD}
-    history = fit(model, texts or examples(8), show=False, **(plain | settings))
+    history = fit(model, texts or UNEVEN, show=False, **(plain | settings))
     after = [p.detach() for p in model.parameters() if p.requires_grad]
     return torch.cat([(a - b).flatten().float() for a, b in zip(after, before, strict=True)]), history
 
@@ -61,7 +62,9 @@ def classifier():
 
 
 def seq2seq():
-    return build("t5")
+    model = build("t5")
+    model.config.decoder_start_token_id = 0
+    return model
 
 
 def vision():
