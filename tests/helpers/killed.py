@@ -56,7 +56,7 @@ def train(name, folder, kill=None):
     after_step = lambda done: done.number == step and where == "behind" and die()  # noqa: E731
     if where == "in":
         at = iter(range(step))  # the optimiser's steps of this process
-        register_optimizer_step_pre_hook(lambda *_: next(at, None) is None and die())
+        register_optimizer_step_pre_hook(lambda *_: die() if next(at, None) is None else None)
     if where == "writing":
         save = checkpoint._write
         checkpoint._write = lambda state, path: (save(state, path), os.truncate(path, 1000), die())
