@@ -90,8 +90,13 @@ def main(name):
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         in_a_child(lambda: torch.save(train(name, None), place / "whole"))
-        kills = [(draw.randrange(1, STEPS), where) for where in ("behind", "in", "writing", "behind", "in")]
-        kills[:3] = [(2, "behind"), (5, "in"), (0, "writing")]
+        kills = [
+            (2, "behind"),
+            (5, "in"),
+            (0, "writing"),
+            (draw.randrange(4, STEPS), "behind"),
+            (draw.randrange(4), "in"),
+        ]
         died = [in_a_child(lambda kill=kill: train(name, place / "files", kill)) for kill in kills]
         for result in ("resumed", "again"):
             in_a_child(lambda result=result: torch.save(train(name, place / "files"), place / result))

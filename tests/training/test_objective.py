@@ -29,7 +29,7 @@ def adapted(name="llama", dtype=torch.float32, checkpointing=False, **settings):
     torch.manual_seed(0)
     inject(model, 4, 8, **settings)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     return model
 
 
