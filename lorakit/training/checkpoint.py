@@ -1,7 +1,8 @@
 """A training that was killed goes on as if it had not been: all that its next steps depend on, in one file.
 
-A file is torch's own format, read with `weights_only=True`. What must be the same for a training to go on is a
-fingerprint in it; what may change the rounding, such as the number of threads, is compared, and a change warned of.
+A file is torch's own format, read with `weights_only=True`, with a digest of its contents. What must be the same for a
+training to go on is a fingerprint in it; what may change the rounding, such as the number of threads, is compared, and
+a change warned of.
 """
 
 import pickle
@@ -26,6 +27,7 @@ from lorakit.speed.accelerated import Report
 from lorakit.speed.decision import Decision
 from lorakit.training.batch import Example
 from lorakit.training.history import History
+from lorakit.training.loss import leave_to_formula, left_to_formula
 from lorakit.training.validation import Validation, moving, restore
 
 NAME = re.compile(r"step-(\d{8})\.pt")
@@ -107,6 +109,7 @@ class Training:
             "fingerprint": fingerprint,
             "circumstances": _circumstances(self.model),
             "decisions": {name: tuple(decision) for name, decision in speed.decisions.items()},
+            "formula": left_to_formula(self.model),
             "done": done,
             "weights": {name: value.detach() for name, value in moving(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
@@ -123,6 +126,8 @@ class Training:
         self.validation.weights = state["best"]
         vars(self.history).update(state["history"])
         self.schedule.last_epoch = len(self.history.loss)
+        if state["formula"]:
+            leave_to_formula(self.model)
         if speed is not None:
             decisions = {name: Decision(*words) for name, words in state["decisions"].items()}
             now = _circumstances(self.model) | {name: decision.used for name, decision in speed.decisions.items()}

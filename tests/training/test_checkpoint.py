@@ -17,6 +17,7 @@ from lorakit.speed import accelerated
 from lorakit.speed.decision import Decision
 from lorakit.training import fit as fitting
 from lorakit.training.checkpoint import digest
+from lorakit.training.loss import left_to_formula
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -56,6 +57,14 @@ def train(folder, stop=None, model=None, texts=None, **settings):
 
 def files(folder):
     return sorted(os.listdir(folder))
+
+
+def test_a_head_that_was_seen_to_change_is_known_when_the_training_goes_on(tmp_path):
+    train(tmp_path, stop=3, model=inject(build("gemma2"), 4, 8))
+    model = inject(build("gemma2"), 4, 8)
+    assert not left_to_formula(model)
+    train(tmp_path, stop=3, model=model)
+    assert left_to_formula(model)
 
 
 def test_adapters_go_on_and_a_finished_training_is_not_made_again(tmp_path):
