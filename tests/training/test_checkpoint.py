@@ -10,7 +10,7 @@ import torch
 from helpers import killed
 from helpers.architectures import build
 from helpers.parity import snapshot, unchanged
-from helpers.texts import examples
+from helpers.texts import UNEVEN, examples
 
 from lorakit import fit, inject
 from lorakit.speed import accelerated
@@ -50,7 +50,7 @@ def train(folder, stop=None, model=None, texts=None, **settings):
     model = model or adapted(dropout=0.2)
     settings = {"steps": 8, "batch_size": 6, "lr": 1e-2, "checkpoint": folder, "checkpoint_every": 2} | settings
     try:
-        return model, fit(model, texts or examples(10), after_step=after_step, show=False, **settings)
+        return model, fit(model, texts or UNEVEN, after_step=after_step, show=False, **settings)
     except KeyboardInterrupt:
         return None
 

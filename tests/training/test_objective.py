@@ -6,12 +6,11 @@ import pytest
 import torch
 import transformers as tf
 from helpers.architectures import TINY, build
-from helpers.texts import TOKENIZER, examples
+from helpers.texts import UNEVEN, examples
 
-from lorakit import LoRAConfig, Spec, encode, fit, fit_many, inject
+from lorakit import LoRAConfig, Spec, fit, fit_many, inject
 
 BERT = {name: value for name, value in TINY.items() if name != "bos_token_id"}
-UNEVEN = [*examples(5), *(encode(TOKENIZER, letter, "a\x02") for letter in "bcd")]  # of which some can share a row
 LOSS = {"loss_fn": lambda model, batch: model(**batch).loss}
 
 
