@@ -23,9 +23,10 @@ from lorakit.tasks.task import ChatFormat, Task
 from lorakit.training.audit import audit_data
 from lorakit.training.batch import Example, encode
 from lorakit.training.evaluate import exact_match
-from lorakit.training.fit import History, fit
+from lorakit.training.fit import fit
 from lorakit.training.fit_many import Fitted, Spec, fit_many
 from lorakit.training.generate import greedy
+from lorakit.training.history import History, Step
 from lorakit.training.optim import loraplus_groups
 from lorakit.training.recipe import Recipe
 
@@ -49,6 +50,7 @@ __all__ = [
     "PiSSALinear",
     "Recipe",
     "Spec",
+    "Step",
     "Task",
     "adapters",
     "audit_data",

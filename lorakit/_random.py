@@ -32,7 +32,7 @@ class Stream:
 
     def __init__(self, seed: int):
         self._seed, self._draws = seed, True
-        self._states: list[Tensor] = []
+        self.states: list[Tensor] = []  # what the next step begins with, by device; empty before the first
 
     def watch(self) -> None:
         """Looks again whether something is drawn: somebody may have switched dropout on."""
@@ -44,12 +44,12 @@ class Stream:
         if not self._draws:
             yield
             return
-        with seeded(None if self._states else self._seed):
-            _set(self._states)
+        with seeded(None if self.states else self._seed):
+            _set(self.states)
             before = _states()
             yield
-            self._states = _states()
-            self._draws = not all(torch.equal(a, b) for a, b in zip(before, self._states, strict=False))
+            self.states = _states()
+            self._draws = not all(torch.equal(a, b) for a, b in zip(before, self.states, strict=False))
 
 
 def _states() -> list[Tensor]:

@@ -25,8 +25,9 @@ from lorakit.tasks.sql.task import sql_task
 from lorakit.tasks.task import Task, own_task
 from lorakit.training.batch import IGNORE, Example
 from lorakit.training.evaluate import teacher_forced
-from lorakit.training.fit import History, fit
+from lorakit.training.fit import fit
 from lorakit.training.fit_many import Spec, fit_many
+from lorakit.training.history import History
 from lorakit.training.optim import OPTIMIZERS
 
 # What the settings of one call share

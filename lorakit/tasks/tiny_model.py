@@ -24,7 +24,8 @@ from lorakit.tasks import facts
 from lorakit.tasks.facts import BOS, EOS, PAD, Fact, encoded, known_facts, recall
 from lorakit.training.batch import Example, encode
 from lorakit.training.evaluate import exact_match
-from lorakit.training.fit import History, fit
+from lorakit.training.fit import fit
+from lorakit.training.history import History
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 CONTEXT = 64  # tokens

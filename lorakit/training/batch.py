@@ -55,7 +55,10 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     context = context_of(model)
     longest = max((len(example.input_ids) for example in examples), default=0)
     if longest > context:
-        raise ValueError(f"expected examples of at most {context} tokens, the model's context, got {longest}")
+        raise ValueError(
+            f"expected examples of at most {context} tokens, the model's context, got {longest}: "
+            "encode(..., max_length=) shortens prompts"
+        )
     vocabulary = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", math.inf)
     largest = max((max(*example.input_ids, *example.labels) for example in examples), default=0)
     if largest >= vocabulary:
@@ -68,12 +71,17 @@ def context_of(model: Any) -> float:
     return math.inf if context is None else context
 
 
-def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
+def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> Example:
     """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only.
 
+    Args:
+        max_length: tokens at most: what is too much goes from the prompt's start, behind a token that begins texts.
+            The completion is never cut. None for any number.
+
     Raises:
-        ValueError: the tokenizer gives words that it does not know the id of another token, or a completion holds words
-            that it does not know: a model would learn something else, and could look perfect at it.
+        ValueError: the completion alone is longer than `max_length`; or the tokenizer gives words that it does not know
+            the id of another token, or a completion holds words that it does not know: a model would learn something
+            else, and could look perfect at it.
     """
     if not callable(tokenizer) or not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError("expected a tokenizer and two texts, got something else")
@@ -85,7 +93,19 @@ def encode(tokenizer: Any, prompt: str, completion: str) -> Example:
         strange = [w for w in dict.fromkeys(words) if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
         if strange:  # the token may also stand in the text by its name
             raise ValueError(f"expected words that the tokenizer knows, got {', '.join(map(repr, strange[:8]))}")
+    if max_length is not None:
+        prompt_ids = _shortened(prompt_ids, max_length - len(completion_ids), getattr(tokenizer, "bos_token_id", None))
     return Example(prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids)
+
+
+def _shortened(ids: list[int], room: int, bos: int | None) -> list[int]:
+    """The last `room` ids, the first of which is `bos` if that was the first of all."""
+    if room < 0:
+        raise ValueError(f"expected a completion of at most max_length tokens, got {-room} more")
+    if len(ids) <= room:
+        return ids
+    kept = ids[:1] if room and ids[0] == bos else []
+    return kept + ids[len(ids) - room + len(kept) :]
 
 
 def _unknown_id(tokenizer: Any) -> int | None:

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +12,18 @@ from torch import Tensor, nn
 from lorakit._numbers import check_integer, check_positive
 from lorakit._progress import Progress
 from lorakit._random import Stream
-from lorakit.speed.accelerated import Report, accelerated
-from lorakit.training.batch import IGNORE, Example, check_examples, collate, pack, rows_of, spans
-from lorakit.training.loss import token_losses
+from lorakit.speed.accelerated import accelerated
+from lorakit.speed.decision import Decision
+from lorakit.training.batch import Example
+from lorakit.training.checkpoint import Checkpoints, Training, fingerprint
+from lorakit.training.history import History, Step
+from lorakit.training.objective import Objective, tokens_of
 from lorakit.training.optim import loraplus_groups
 from lorakit.training.recipe import Recipe, batches
+from lorakit.training.validation import Validation
 
-
-@dataclass
-class History:
-    """What happened, one entry a step."""
-
-    loss: list[float] = field(default_factory=list)  # nats a labelled token
-    lr: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # in the batch, padding not counted
-    seconds: list[float] = field(default_factory=list)  # wall time; a fair share of it, if several runs share a loop
-    cpu_seconds: list[float] = field(default_factory=list)  # of all threads of this process
-    speed: dict[str, str] = field(default_factory=dict)  # each trick of `speed.accelerated`: used or not, and why
-
-    def __str__(self) -> str:
-        used = [name for name, words in self.speed.items() if words.startswith("used")]
-        return (
-            f"{len(self.loss)} steps, {sum(self.tokens):,} tokens, loss {self.loss[0]:.3f} -> {self.loss[-1]:.3f}, "
-            f"{sum(self.seconds):.0f} s ({sum(self.cpu_seconds):.0f} CPU-seconds)"
-            + (f", with {', '.join(used)}" if used else "")
-        )
+STOP = "stop"  # what `after_step` returns to end the training
+EVERY = 100  # steps between two checkpoints
 
 
 @dataclass
@@ -43,7 +31,7 @@ class Run:
     """One training: what it moves, what it reads, and what became of it. Several can share a loop, see `train`."""
 
     params: list[nn.Parameter]
-    examples: Sequence[Example]
+    examples: Sequence[Any]
     lr: float
     seed: int
     groups: list[dict] | None = None  # the same parameters with rates of their own, None for `lr` for all
@@ -53,13 +41,21 @@ class Run:
 
 def fit(
     model: nn.Module,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     recipe: Recipe | None = None,
     *,
     lr: float = 2e-3,
     loraplus_ratio: float = 1.0,
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
-    after_step: Callable[[int], object] | None = None,
+    after_step: Callable[[Step], object] | None = None,
+    validation: Sequence[Any] | None = None,
+    validate_every: int | None = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
     seed: int = 0,
     accelerate: bool = True,
     show: bool = True,
@@ -70,26 +66,48 @@ def fit(
         fit(model, examples, steps=44, lr=3e-3)                     fit(model, examples, Recipe(steps=44), lr=3e-3)
 
     Args:
-        model: a causal language model: called with input_ids and attention_mask, it returns `.logits`.
+        model: a causal language model: called with input_ids and attention_mask, it returns `.logits`. Any model, if
+            there is a `loss_fn`.
         examples: from `encode`; they are reused, freshly shuffled, when the steps need more than there are.
         recipe: steps, batch size, warm-up, weight decay, clipping; or give its numbers by name.
         lr: peak learning rate.
         loraplus_ratio: rate of every adapter's B, as a multiple of `lr` (LoRA+, see `loraplus_groups`); 1 for LoRA.
         optimizer: called with the parameter groups, each with its `lr`, such as `torch.optim.SGD`; it sets its own
             weight decay. None for torch's AdamW.
-        after_step: called with the number of steps done after each one, such as to save a checkpoint; what it raises
-            ends the training.
+        after_step: called with a `Step` after each one, such as to save an adapter or to log its numbers. If it returns
+            the word "stop", the training ends there; what it raises ends it too, without a history.
+        validation: held-out examples, whose mean loss in eval mode goes into `History.validation`.
+        validate_every: steps between two validations; one more follows the last step. None for that one alone.
+        patience: how many validations in a row without a lower loss end the training. With it, the weights of the
+            lowest loss are put back at the end, however it came, and `History.best` is their step.
+        checkpoint: a folder of this training alone. If the process is killed and the same call is made again, it goes
+            on from the newest whole checkpoint, and weights, history and validation are those of a training that was
+            not killed, to the bit, on one kind of machine with as many threads. A finished training is not made again.
+        checkpoint_every: steps between two checkpoints; one more follows the last step. None for 100.
+        keep: how many checkpoints stay.
+        loss_fn: called with the model and a batch, it returns the batch's mean loss, a scalar tensor, as
+            `lambda model, batch: model(**batch).loss` does for a classifier. Examples are then whatever makes a batch,
+            such as mappings of tensors, numbers or lists. In portions, and in validation, each batch's mean counts by
+            its number of examples.
+        collate: with `loss_fn`: makes a batch of a list of examples. None for torch's `default_collate`, or for
+            padding if they are from `encode`. Its tensors are moved to the model's device.
         seed: of the data's order and of dropout; the global random state is left as it was.
         accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
         show: draw a progress bar.
-        numbers: those of a `Recipe`: steps, batch_size, warmup, weight_decay, clip.
+        numbers: those of a `Recipe`: steps, batch_size, warmup, weight_decay, clip, accumulate, schedule.
+
+    With checkpoints, what `accelerated` decided by the clock or by trial (oneDNN, packing) is written down, and pinned
+    when the training goes on; answers of frozen layers are not kept, since they differ in rounding with the batch that
+    a text first came in. Functions are not compared, nor what they draw from elsewhere than torch: they are to be the
+    same. `after_step` may see the last steps before a kill twice.
 
     Returns:
         loss, learning rate, tokens and times of each step, and what made it faster. The model keeps the mode it was in.
 
     Raises:
-        ValueError: nothing requires a gradient, no examples, a number out of range, or an example longer than the
-            model's context.
+        ValueError: nothing requires a gradient, no examples, a number out of range, an example longer than the model's
+            context, examples or a model that need a `loss_fn`, or checkpoints of another training: it says what
+            differs.
         FloatingPointError: the loss or a gradient is NaN or infinite. The model keeps the last finite weights.
     """
     recipe = Recipe.of(recipe, numbers)
@@ -101,7 +119,12 @@ def fit(
     check_positive("loraplus_ratio", loraplus_ratio)
     groups = None if loraplus_ratio == 1 else loraplus_groups(model, lr, loraplus_ratio)
     run = Run([p for p in model.parameters() if p.requires_grad], examples, lr, seed, groups)
-    train(model, [run], recipe, accelerate, show, optimizer, after_step)
+    objective, held_out = Objective(loss_fn, collate), Validation(validation, validate_every, patience)
+    if checkpoint is None and checkpoint_every is not None:
+        raise ValueError(f"expected a checkpoint folder with checkpoint_every, got {checkpoint_every} alone")
+    every = EVERY if checkpoint_every is None else checkpoint_every
+    files = None if checkpoint is None else Checkpoints(Path(checkpoint), every, keep)
+    train(model, [run], recipe, accelerate, show, optimizer, after_step, objective, held_out, files)
     if run.error:
         raise FloatingPointError(run.error)
     return run.history
@@ -114,39 +137,58 @@ def train(
     accelerate: bool,
     show: bool,
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
-    after_step: Callable[[int], object] | None = None,
+    after_step: Callable[[Step], object] | None = None,
+    objective: Objective = Objective(),  # noqa: B008  it is frozen
+    held_out: Validation | None = None,
+    files: Checkpoints | None = None,
 ) -> None:
     """Does the trainings of `runs` in one loop, as `fit` does one: each has its part of the batch, in their order.
 
     The model must keep the parts apart, as a `LoRAStack` does. Each run has its own order of data, learning rate and
     clipping. One that diverges stops, with the reason in its `error` and its last finite weights; the others go on.
+    Only a run that is alone may have an objective, a validation and checkpoints of its own.
     """
+    first, held_out = runs[0], held_out or Validation(None, None, None)
     for run in runs:
-        _check(model, run)
-    device, steps, size = runs[0].params[0].device, recipe.steps, recipe.batch_size
+        _check(run)
+        objective.check(model, run.examples)
+    if held_out.examples is not None:
+        objective.check(model, held_out.examples)
+    device, steps, size = first.params[0].device, recipe.steps, recipe.batch_size
     groups = [group for run in runs for group in run.groups or [{"params": run.params, "lr": run.lr}]]
     fused: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
     optimizer = make(groups) if make else torch.optim.AdamW(groups, **fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.share)
     orders = [batches(len(run.examples), size, steps, run.seed) for run in runs]
-    tokens = size * sum(sum(len(text.input_ids) for text in run.examples) / len(run.examples) for run in runs)
-    repeats = len(runs) == 1 and steps * size > len(runs[0].examples)
-    again = [text.input_ids for text in runs[0].examples] if repeats else ()
-    was_training, stream = model.training, Stream(runs[0].seed)
+    tokens = size / recipe.accumulate * sum(_mean_length(run, objective) for run in runs)
+    repeats = len(runs) == 1 and steps * size > len(first.examples) and objective.loss_fn is None and files is None
+    again = [text.input_ids for text in first.examples] if repeats else ()
+    was_training, stream = model.training, Stream(first.seed)
+    training = Training(model, optimizer, schedule, stream, held_out, first.history)
+    settings = asdict(recipe) | {"lr": first.lr, "seed": first.seed, "accelerate": accelerate}
+    same = fingerprint(model, optimizer, held_out, examples=first.examples, **settings) if files else {}
+    found = files.newest(same) if files else None
+    if found and found["done"]:
+        training.go_on(found)
+        return
+    pinned = found["decisions"]["oneDNN"][0] if found else None
     model.train()
     try:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            accelerated(model, tokens, trains=True, texts=again, on=accelerate) as speed,
+            accelerated(model, tokens, trains=True, texts=again, onednn=pinned, on=accelerate) as speed,
             Progress(steps, "training", show=show) as progress,
         ):
-            for step in range(steps):
+            if files:
+                speed.decisions["frozen prefix"] = Decision(False, "with checkpoints every step is to be the same")
+            done = training.go_on(found, speed) if found else 0
+            progress.update(done)
+            for step in range(done, steps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 chosen = [[run.examples[i] for i in order[step]] for run, order in zip(runs, orders, strict=True)]
                 with stream.drawing():
-                    losses = _losses(model, chosen, device, speed, orders[0][step])
-                    cast(Tensor, sum(losses)).backward()
+                    losses = objective.backward(model, chosen, orders[0][step], recipe.accumulate, speed)
                 share = recipe.share(step)
                 for run, loss in zip(runs, losses, strict=True):
                     _clip(run, loss, step, recipe.clip)
@@ -157,40 +199,33 @@ def train(
                 shares = (time.perf_counter() - wall) / len(runs), (time.process_time() - cpu) / len(runs)
                 for run, loss, texts in zip(runs, losses, chosen, strict=True):
                     if not run.error:
-                        _note(
-                            run.history,
-                            loss.item(),
-                            run.lr * share,
-                            sum(len(text.input_ids) for text in texts),
-                            *shares,
-                        )
+                        run.history.note(loss.item(), run.lr * share, sum(map(tokens_of, texts)), *shares)
                 going = [run.history.loss[-1] for run in runs if not run.error]
                 if not going:
                     break
+                ends = held_out.due(step + 1, steps) and held_out.look(
+                    model, objective, math.ceil(size / recipe.accumulate), speed, first.history
+                )
                 if after_step:
                     with speed.suspended():
-                        after_step(step + 1)
+                        answer = after_step(first.history.last())
                     _check_held(model, runs, step + 1)
                     stream.watch()
+                    ends |= isinstance(answer, str) and answer == STOP
                 progress.update(1, f"loss {sum(going) / len(going):.3f}")
+                if ends:
+                    break
+                if files and (step + 1) % files.every == 0:
+                    files.write(step + 1, training.state(same, speed))
             for run in runs:
                 run.history.speed = speed.words()
+            if not first.error:
+                held_out.put_back(model, first.history)
+            if files and not first.error:
+                files.write(len(first.history.loss), training.state(same, speed, done=True))
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-
-
-def _losses(
-    model: nn.Module, chosen: list[list[Example]], device: torch.device, speed: Report, indices: list[int]
-) -> list[Tensor]:
-    """The mean loss of each run's texts, from one forward pass."""
-    texts = [text for some in chosen for text in some]
-    lengths = [len(text.input_ids) for text in texts]
-    packed = len(chosen) == 1 and len(rows_of(lengths)) < len(texts) and speed.packs()
-    batch = (pack if packed else collate)(texts, device)
-    counts = [sum(label != IGNORE for text in some for label in text.labels[1:]) for some in chosen]
-    with speed.known(indices, spans(lengths, packed), batch["input_ids"].shape):
-        return [part.mean() for part in token_losses(model, batch).split(counts)]
 
 
 def _clip(run: Run, loss: Tensor, step: int, clip: float) -> None:
@@ -207,24 +242,21 @@ def _clip(run: Run, loss: Tensor, step: int, clip: float) -> None:
         parameter.grad = None  # the optimiser passes it over
 
 
-def _note(history: History, loss: float, lr: float, tokens: int, seconds: float, cpu_seconds: float) -> None:
-    history.loss.append(loss)
-    history.lr.append(lr)
-    history.tokens.append(tokens)
-    history.seconds.append(seconds)
-    history.cpu_seconds.append(cpu_seconds)
-
-
-def _check(model: nn.Module, run: Run) -> None:
+def _check(run: Run) -> None:
     if not run.params:
         raise ValueError("expected parameters that require a gradient, got none: inject() adapters first")
     if any(p.is_inference() for p in run.params):
         raise ValueError("expected parameters that can train, got some made inside of torch.inference_mode()")
-    if isinstance(run.examples, Example) or not run.examples:
-        raise ValueError("expected a list with at least one example, got none")
-    check_examples(model, run.examples)
+    if isinstance(run.examples, Example):
+        raise ValueError("expected a list with at least one example, got one that is none")
     check_positive("lr", run.lr)
     check_integer("seed", run.seed, -(2**63), 2**64 - 1)
+
+
+def _mean_length(run: Run, objective: Objective) -> float:
+    """Tokens an example; of those for a `loss_fn`, which may be slow to read, the first few say it."""
+    n = len(run.examples) if objective.loss_fn is None else min(len(run.examples), 16)
+    return sum(tokens_of(run.examples[i]) for i in range(n)) / n
 
 
 def _check_held(model: nn.Module, runs: Sequence[Run], step: int) -> None:

@@ -16,7 +16,8 @@ from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
 from lorakit.models.merge import remove
 from lorakit.models.targets import named_modules
 from lorakit.training.batch import Example, check_examples
-from lorakit.training.fit import History, Run, train
+from lorakit.training.fit import Run, train
+from lorakit.training.history import History
 from lorakit.training.recipe import Recipe
 
 

@@ -92,6 +92,17 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, " labelled"]:
     return _formula(model, batch)
 
 
+def left_to_formula(model: nn.Module) -> bool:
+    """Whether `token_losses` has seen that this model changes its head's output."""
+    return _head(model) in _not_last
+
+
+def leave_to_formula(model: nn.Module) -> None:
+    """Lets `token_losses` know it without looking, as a training that goes on does."""
+    if (head := _head(model)) is not None:
+        _not_last.add(head)
+
+
 def _formula(model: nn.Module, batch: Batch) -> Tensor:
     logits, targets = labelled_logits(model, batch)
     return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakit.training.batch import Example, collate
-from lorakit.training.recipe import batches, linear_schedule
+from lorakit.training.recipe import batches, schedule_share
 
 
 def plain_loop(
@@ -29,7 +29,7 @@ def plain_loop(
     """
     params = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(params, lr=lr, weight_decay=0.0), []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: linear_schedule(s, steps, math.ceil(steps / 10)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule_share(s, steps, math.ceil(steps / 10)))
     for step, indices in enumerate(batches(len(examples), batch_size, steps, seed)):
         loss = model(**collate([examples[i] for i in indices], params[0].device)).loss
         loss.backward()

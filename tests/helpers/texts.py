@@ -25,3 +25,6 @@ def examples(n=24, seed=0):
     draw = torch.Generator().manual_seed(seed)
     words = ["".join(chr(97 + int(c)) for c in torch.randint(0, 20, (3 + i % 4,), generator=draw)) for i in range(n)]
     return [encode(TOKENIZER, word, word[:2] + "\x02") for word in words]
+
+
+UNEVEN = [*examples(5), *(encode(TOKENIZER, letter, "a\x02") for letter in "bcd")]  # of which some can share a row

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers.architectures import build
 from helpers.parity import peft_model, snapshot, unchanged
-from helpers.texts import TOKENIZER, examples
+from helpers.texts import TOKENIZER, Characters, examples
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+from transformers import PreTrainedTokenizerFast, get_scheduler
 
 from lorakit import (
     Example,
@@ -30,12 +30,28 @@ from lorakit._optional import quiet
 from lorakit.models.inject import adapters
 from lorakit.training.batch import IGNORE, collate
 from lorakit.training.loss import completion_loss
-from lorakit.training.recipe import batches, linear_schedule
+from lorakit.training.recipe import SCHEDULES, batches, schedule_share
 from lorakit.training.reference_loop import plain_loop
 
 
 def test_encode_labels_the_completion_only():
     assert encode(TOKENIZER, "ab", "c\x02") == Example([3, 4, 5, 2], [IGNORE, IGNORE, 5, 2])
+
+
+def test_a_text_that_is_too_long_loses_the_beginning_of_its_prompt():
+    for bos, length, ids in [
+        (None, 9, [3, 4, 5, 6, 7]),
+        (None, 4, [4, 5, 6, 7]),
+        (3, 4, [3, 5, 6, 7]),
+        (4, 4, [4, 5, 6, 7]),
+        (3, 3, [3, 6, 7]),
+        (3, 2, [6, 7]),
+    ]:
+        tokenizer = Characters()
+        tokenizer.bos_token_id = bos
+        assert encode(tokenizer, "abc", "de", max_length=length) == Example(ids, [IGNORE] * (len(ids) - 2) + [6, 7])
+    with pytest.raises(ValueError, match="1 more"):
+        encode(TOKENIZER, "abc", "de", max_length=1)
 
 
 def words_tokenizer(unknown, **declared):
@@ -108,12 +124,18 @@ def test_a_model_without_a_named_head_works_too():
     torch.testing.assert_close(completion_loss(Wrapped(model), batch), completion_loss(model, batch))
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("steps", "warmup"), [(40, 4), (7, 0), (1, 0), (10, 9)])
-def test_the_schedule_is_that_of_transformers(steps, warmup):
+def test_the_schedules_are_those_of_transformers(steps, warmup, name):
     parameter = torch.nn.Parameter(torch.zeros(1))
-    theirs = get_linear_schedule_with_warmup(torch.optim.SGD([parameter], lr=1.0), warmup, steps)
+    theirs = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        torch.optim.SGD([parameter], lr=1.0),
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+    )
     for step in range(steps):
-        assert linear_schedule(step, steps, warmup) == pytest.approx(theirs.get_last_lr()[0])
+        assert schedule_share(step, steps, warmup, name) == pytest.approx(theirs.get_last_lr()[0])
         theirs.optimizer.step()
         theirs.step()
 
@@ -170,7 +192,7 @@ def test_fit_is_a_function_of_its_seeds_and_leaves_the_random_state():
 
 def test_the_learning_rate_in_the_history_is_the_one_used():
     history = fit(adapted(), examples(), steps=10, warmup=0.2, lr=1.0e-3, show=False)
-    assert history.lr == pytest.approx([1e-3 * linear_schedule(step, 10, 2) for step in range(10)])
+    assert history.lr == pytest.approx([1e-3 * schedule_share(step, 10, 2) for step in range(10)])
     assert history.tokens[0] == sum(len(examples()[i].input_ids) for i in batches(24, 8, 1, 0)[0])
 
 
@@ -180,7 +202,7 @@ def test_loraplus_trains_b_at_its_own_rate():
     optimizer = torch.optim.AdamW(loraplus_groups(expected, 1e-3, ratio=4.0), weight_decay=0.0)
     for step, indices in enumerate(batches(24, 8, 3, 0)):
         for group, rate in zip(optimizer.param_groups, (1e-3, 4e-3), strict=True):
-            group["lr"] = rate * linear_schedule(step, 3, 1)
+            group["lr"] = rate * schedule_share(step, 3, 1)
         completion_loss(expected, collate([texts[i] for i in indices])).backward()
         torch.nn.utils.clip_grad_norm_([p for p in expected.parameters() if p.requires_grad], 1.0)
         optimizer.step()
@@ -215,12 +237,12 @@ def test_checkpoints_are_saved_on_the_way(tmp_path):
     def saving(model):
         def save(step):
             seen.append(step)
-            save_adapter(model, tmp_path / str(step))
+            save_adapter(model, tmp_path / str(step.number))
 
         return save
 
     model, plain = train(saving), train(None)
-    assert seen == [1, 2, 3, 4]
+    assert [step.number for step in seen] == [1, 2, 3, 4]
     assert unchanged(model, snapshot(plain)), "saving changes nothing"
     again = build("llama")
     load_adapter(again, tmp_path / "4")
@@ -231,7 +253,7 @@ def test_checkpoints_are_saved_on_the_way(tmp_path):
 
     def stopping(model):
         def stop(step):
-            if step == 2:
+            if step.number == 2:
                 raise RuntimeError("enough")
 
         return stop
