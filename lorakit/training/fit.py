@@ -1,5 +1,6 @@
 """One plain training loop: whatever requires a gradient is trained, on the completion's tokens alone."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
