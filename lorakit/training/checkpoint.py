@@ -139,6 +139,11 @@ class Training:
         return len(self.history.loss)
 
 
+def pinned(state: dict[str, Any] | None) -> bool | None:
+    """What a training that goes on must decide as before, whatever the clock says: who multiplies."""
+    return None if state is None else state["decisions"]["oneDNN"][0]
+
+
 def fingerprint(model: nn.Module, optimizer: Optimizer, validation: Validation, **settings: Any) -> dict[str, Any]:
     """What must be the same for a training to go on, as plain values.
 

@@ -14,9 +14,8 @@ from lorakit._numbers import check_integer, check_positive
 from lorakit._progress import Progress
 from lorakit._random import Stream
 from lorakit.speed.accelerated import accelerated
-from lorakit.speed.decision import Decision
 from lorakit.training.batch import Example
-from lorakit.training.checkpoint import Checkpoints, Training, fingerprint
+from lorakit.training.checkpoint import Checkpoints, Training, fingerprint, pinned
 from lorakit.training.history import History, Step
 from lorakit.training.objective import Objective, tokens_of
 from lorakit.training.optim import loraplus_groups
@@ -172,17 +171,14 @@ def train(
     if found and found["done"]:
         training.go_on(found)
         return
-    pinned = found["decisions"]["oneDNN"][0] if found else None
     model.train()
     try:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            accelerated(model, tokens, trains=True, texts=again, onednn=pinned, on=accelerate) as speed,
+            accelerated(model, tokens, trains=True, texts=again, onednn=pinned(found), on=accelerate) as speed,
             Progress(steps, "training", show=show) as progress,
         ):
-            if files:
-                speed.decisions["frozen prefix"] = Decision(False, "with checkpoints every step is to be the same")
             done = training.go_on(found, speed) if found else 0
             progress.update(done)
             for step in range(done, steps):

@@ -136,7 +136,7 @@ def test_what_was_decided_is_pinned(tmp_path, monkeypatch):
     _, history = train(tmp_path, checkpoint_every=1)
     assert pins == [False], "too small for oneDNN"
     assert history.speed["packing"] == "not used: of the first process"
-    assert history.speed["frozen prefix"].startswith("not used: with checkpoints")
+    assert history.speed["frozen prefix"].startswith("not used")
     threads = torch.get_num_threads()
     train(tmp_path / "threads", stop=3)
     torch.set_num_threads(threads + 1)
