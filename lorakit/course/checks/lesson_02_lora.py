@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.course.checks.exercise import Case, exercise, in_parts
 from lorakit.course.checks.grading import CheckFailed, as_tensor, ask, judge, parts, random_matrix, require, same
+from lorakit.layers.bases import weight_of
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.lowrank import lora_parameters
 
@@ -64,7 +65,7 @@ def check_merge() -> Iterator[Case]:
     """Checks `merge(base, A, B, alpha) -> nn.Linear`: any rank and alpha, with and without bias."""
     for (d_out, d_in, rank, alpha), bias in product(SIZES, (False, True)):
         layer = _trained_layer(d_out, d_in, rank, alpha, bias)
-        A, B, W, b = layer.A.detach(), layer.B.detach(), layer.base.weight.detach(), layer.bias
+        A, B, W, b = layer.A.detach(), layer.B.detach(), weight_of(layer.base).detach(), layer.bias
         delta = layer.delta_weight().detach()
         weights = {
             "is W + B A, off by exactly alpha / r: did you forget the scale?": W + B @ A,
@@ -157,7 +158,7 @@ def check_swap() -> Iterator[Case]:
     """Checks `swap(weight, old, new) -> weight`: one merged adapter out, another in; each is (A, B, alpha)."""
     for d_out, d_in, (r1, alpha1), (r2, alpha2) in [(5, 8, (2, 3.0), (4, 10.0)), (6, 6, (3, 1.5), (1, 2.5))]:
         old, new = _trained_layer(d_out, d_in, r1, alpha1), _trained_layer(d_out, d_in, r2, alpha2)
-        W, P, Q = old.base.weight.detach(), old.delta_weight().detach(), new.delta_weight().detach()
+        W, P, Q = weight_of(old.base).detach(), old.delta_weight().detach(), new.delta_weight().detach()
         BA, DC = P / old.scale, Q / new.scale
         mistakes = {
             "still holds the old adapter: subtract its update first": W + P + Q,
@@ -182,7 +183,7 @@ def check_first_update() -> Iterator[Case]:
         A, s = layer.A.detach().clone(), layer.scale
         layer.base.requires_grad_(True)
         loss = layer(x).square().sum(1).mean()
-        grad_W, dA, dB = torch.autograd.grad(loss, [layer.base.weight, layer.A, layer.B])
+        grad_W, dA, dB = torch.autograd.grad(loss, [weight_of(layer.base), layer.A, layer.B])
         layer.base.requires_grad_(False)
         for p, grad in ((layer.A, dA), (layer.B, dB)):
             p.data -= lr * grad  # the step of SGD whose outcome the answer predicts
