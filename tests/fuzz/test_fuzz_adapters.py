@@ -89,7 +89,7 @@ def changed_tensors(draw, tensors):
     elif kind == 1:
         tensors[key] = tensor.to(draw.choice(DTYPES))
     elif kind == 2:
-        tensors[key] = tensor.reshape(-1)[: draw.randrange(tensor.numel())].clone()
+        tensors[key] = tensor.reshape(-1)[: draw.randrange(max(1, tensor.numel()))].clone()
     elif kind == 3:
         tensors[key] = torch.full_like(
             tensor, draw.choice([float("nan"), float("inf"), 1e300, 0.0]), dtype=torch.float64
