@@ -30,7 +30,7 @@ def is_plain(module: nn.Module) -> bool:
     """
     usual = type(module) is nn.Linear or is_conv1d(module)
     weight = module._parameters.get("weight") if usual else None
-    return weight is not None and weight.is_floating_point() and weight.element_size() > 1
+    return weight is not None and weight.dtype in FLOATS
 
 
 def is_known(module: nn.Module) -> bool:

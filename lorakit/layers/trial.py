@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit._random import seeded
-from lorakit.layers.bases import is_conv1d, is_known, weight_of
+from lorakit.layers.bases import FLOATS, is_conv1d, is_known, weight_of
 
 ROUNDED = 0.1  # of the norm: a layer may round its inputs to a byte, and be linear to that
 SAME = {8: 1e-4, 4: 1e-4, 2: 0.05}  # of the norm, by bytes a value: so near is the answer of the weight itself
@@ -112,7 +112,7 @@ def _rows(d_in: int, shift: float) -> Tensor:
 
 def _dtypes(layer: nn.Module) -> list[torch.dtype]:
     """Those in which a layer may want its input: that of its numbers, if they can be computed in."""
-    known = [p.dtype for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1]
+    known = [p.dtype for p in layer.parameters() if p.dtype in FLOATS]
     return known[:1] or [torch.float32, torch.bfloat16, torch.float16]
 
 
