@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from xxhash import xxh3_128
 
 from lorakit._atomic import write_atomically
+from lorakit._numbers import check_integer
 from lorakit._random import Stream
 from lorakit.speed.accelerated import Report
 from lorakit.speed.decision import Decision
@@ -52,8 +53,8 @@ class Checkpoints:
     keep: int
 
     def __post_init__(self):
-        if self.every < 1 or self.keep < 1:
-            raise ValueError(f"expected checkpoint_every, keep >= 1, got {self.every}, {self.keep}")
+        check_integer("checkpoint_every", self.every)
+        check_integer("keep", self.keep)
 
     def newest(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
         """What the newest whole file holds, None if there is none. Damaged ones are passed over with a warning.

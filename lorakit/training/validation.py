@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit._numbers import check_integer
 from lorakit._random import seeded
 from lorakit.layers.bnb import repacking_prevented
 from lorakit.speed.accelerated import Report
@@ -37,10 +38,11 @@ class Validation:
     def __post_init__(self):
         if self.examples is None and (self.every is not None or self.patience is not None):
             raise ValueError("expected validation examples with validate_every and patience, got none")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"expected validate_every >= 1, got {self.every}")
-        if self.patience is not None and (self.patience < 1 or self.every is None):
-            raise ValueError(f"expected patience >= 1 with validate_every, got {self.patience} and {self.every}")
+        if self.patience is not None and self.every is None:
+            raise ValueError(f"expected validate_every with patience, got patience {self.patience} alone")
+        for name, number in (("validate_every", self.every), ("patience", self.patience)):
+            if number is not None:
+                check_integer(name, number)
 
     def due(self, step: int, steps: int) -> bool:
         """Whether there is one after so many steps done, of `steps`."""
