@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lorakit._words import one_line
 from lorakit.experiments.records import MOST_JOBS, Grid, Settings, expand
 
 
@@ -36,7 +37,7 @@ def read_yaml(text: str | bytes, place: str = "") -> Any:
     try:
         return yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise ValueError(f"expected YAML{place}, got: {' '.join(str(error).split())}") from None
+        raise ValueError(f"expected YAML{place}, got: {one_line(error)}") from None
 
 
 def read_yaml_file(path: Path) -> Any:

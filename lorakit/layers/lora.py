@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit._numbers import is_number
+from lorakit._numbers import check_integer, is_number
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import (
     dense_weight,
@@ -39,8 +39,7 @@ def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: Sca
     Raises:
         ValueError: they are not.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"expected an integer rank >= 1, got {rank!r}")
+    check_integer("rank", rank)
     if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), got {dropout!r}")
     if scale_rule not in SCALE_RULES if isinstance(scale_rule, str) else not callable(scale_rule):

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit._random import seeded
+from lorakit._words import one_line
 from lorakit.layers.bases import FLOATS, is_conv1d, is_known, weight_of
 
 ROUNDED = 0.1  # of the norm: a layer may round its inputs to a byte, and be linear to that
@@ -41,7 +42,7 @@ def check_linear(layer: nn.Module, d_out: int, d_in: int) -> None:
                 y = layer(x)
                 break
             except Exception as error:
-                why = " ".join(str(error).split())[:200]
+                why = one_line(error)
         if isinstance(y, Tensor):
             with contextlib.suppress(RuntimeError):
                 (g,) = torch.autograd.grad(y.sum(), x)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorakit._optional import need, quiet
+from lorakit._words import one_line
 from lorakit.layers.bases import FLOATS
 from lorakit.models.download import MODELS, fetch_model
 
@@ -60,8 +61,7 @@ def load_model(
         except (OSError, ValueError, ImportError, MemoryError):
             raise
         except Exception as error:  # whatever the libraries make of files that they cannot read
-            words = " ".join(str(error).split())[:300]
-            raise ValueError(f"expected a model in {folder}, got {type(error).__name__}: {words}") from error
+            raise ValueError(f"expected a model in {folder}, got {type(error).__name__}: {one_line(error)}") from error
     if problem := _find_strangers(model, found, held):
         raise ValueError(f"expected the weights of {type(model).__name__} in {folder}, {problem}")
     return model.to(device).eval(), tokenizer
@@ -99,7 +99,7 @@ def _find_hub_folder(hub_id: str) -> Path:
             folder = Path(hub.snapshot_download(hub_id, allow_patterns=files, local_files_only=offline))
             problem = _find_problem(folder)
         except OSError as error:
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]  # the first says it
         if problem is None:
             return folder
     raise ConnectionError(

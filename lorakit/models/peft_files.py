@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from lorakit._atomic import locked, write_atomically
+from lorakit._words import one_line
 from lorakit.layers.config import PLAIN, LoRAConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -176,8 +177,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        words = " ".join(str(error).split())[:300]
-        raise AdapterError(f"expected a safetensors file, got a damaged one at {path}: {words}") from None
+        raise AdapterError(f"expected a safetensors file, got a damaged one at {path}: {one_line(error)}") from None
 
 
 def _described(key: str, part: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorakit._suggest import near_names
-from lorakit.layers.bases import dense_weight, is_plain, storage_of
+from lorakit.layers.bases import FLOATS, dense_weight, is_plain, storage_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.models.inject import adapters, check_module, check_plain, replace, shared_weights
@@ -83,7 +83,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         ValueError: the model has no 4-bit layer, or bitsandbytes has repacked one.
     """
     check_module(model)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+    if dtype not in (None, *FLOATS):
         raise ValueError(f"expected a floating-point dtype of 16 bits or more, got {dtype!r}")
     found = [m for m in model.modules() if isinstance(m, NF4Linear) or is_linear4bit(m)]
     if not found:

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from lorakit._optional import need, quiet
+from lorakit._words import one_line
 from lorakit.models.download import MODELS, fetch_model
 from lorakit.training.audit_rows import Message, Row, text_of
 from lorakit.training.batch import _unknown_id
@@ -67,7 +68,7 @@ class Tokenizer:
         try:
             return self._chat(row)
         except Exception as error:  # a template may raise anything
-            return Tokens([], [], refused=f"{error}".splitlines()[0] if f"{error}" else type(error).__name__)
+            return Tokens([], [], refused=one_line(error))
 
     def _pair(self, prompt: str, completion: str) -> Tokens:
         before, after = self.ids(prompt), self.ids(completion)

@@ -24,6 +24,7 @@ from xxhash import xxh3_128
 from lorakit._atomic import write_atomically
 from lorakit._numbers import check_integer
 from lorakit._random import Stream
+from lorakit._words import one_line
 from lorakit.speed.accelerated import Report
 from lorakit.speed.decision import Decision
 from lorakit.training.batch import Example
@@ -67,7 +68,7 @@ class Checkpoints:
                 found = _read(path)
                 other = found["fingerprint"]
             except Exception as error:  # whatever torch makes of a damaged file
-                warnings.warn(f"expected a whole checkpoint, passed over {path}: {_line(error)}", stacklevel=4)
+                warnings.warn(f"expected a whole checkpoint, passed over {path}: {one_line(error)}", stacklevel=4)
                 continue
             names = [name for name in fingerprint | other if fingerprint.get(name) != other.get(name)]
             if names:
@@ -215,7 +216,7 @@ def _write(state: dict[str, Any], path: Path) -> None:
         _read(path)
     except pickle.UnpicklingError as error:  # better now than when it is needed
         raise ValueError(
-            f"expected an optimizer that keeps tensors and plain values alone, got {_line(error)}"
+            f"expected an optimizer that keeps tensors and plain values alone, got {one_line(error)}"
         ) from error
 
 
@@ -224,10 +225,6 @@ def _read(path: Path) -> dict[str, Any]:
     if state.pop("digest") != digest(state):
         raise ValueError("its contents are not those that were written")
     return state
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _difference(name: str, ours: Any, theirs: Any) -> str:

@@ -65,13 +65,13 @@ class Further(LoRALinear):
 
 
 BAD = {
-    "rank 0": ({"rank": 0}, "rank >= 1, got 0"),
-    "rank true": ({"rank": True}, "rank >= 1"),
+    "rank 0": ({"rank": 0}, "rank as an integer >= 1, got 0"),
+    "rank true": ({"rank": True}, "rank as an integer >= 1"),
     "no alpha": ({"alpha": float("nan")}, "finite scale"),
     "dropout 1": ({"dropout": 1.0}, r"dropout in \[0, 1\), got 1.0"),
     "rule": ({"scale_rule": "alpha/r"}, r"scale_rule in \['lora', 'rslora'\] or a function"),
     "infinite": ({"scale_rule": lambda alpha, rank: float("inf")}, "finite scale"),
-    "rank by layer": ({"rank_pattern": {"q_proj": 0}}, "rank >= 1"),
+    "rank by layer": ({"rank_pattern": {"q_proj": 0}}, "rank as an integer >= 1"),
     "alpha by layer": ({"alpha_pattern": {"q_proj": float("inf")}}, "finite scale"),
     "a broken pattern": ({"rank_pattern": {"q_proj(": 2}}, "regular expression"),
     "the rule's old name": ({"settings": {"scaling": "rslora"}}, "setting of LoRALinear, got 'scaling'; .*scale_rule"),
