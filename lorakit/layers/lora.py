@@ -33,6 +33,11 @@ SCALE_RULES: dict[str, Callable[[float, int], float]] = {
 }
 
 
+def scale_of(settings: Mapping[str, Any]) -> float:
+    """The scale that settings in PEFT's words mean: `r`, `lora_alpha`, `use_rslora`."""
+    return SCALE_RULES["rslora" if settings.get("use_rslora") else "lora"](settings["lora_alpha"], settings["r"])
+
+
 def checked_scale(rank: int, alpha: float, dropout: float = 0.0, scale_rule: ScaleRule = "lora") -> float:
     """The scale s of an adapter, once its settings are seen to be in range.
 

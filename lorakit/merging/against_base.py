@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakit._progress import Progress
@@ -17,10 +16,9 @@ from lorakit.layers.lowrank import count_intruders
 from lorakit.layers.nf4 import dequantize, quantize
 from lorakit.merging.inspection import Factors, Inspection, Layer, read_factors
 from lorakit.models.load import _find_folder, load_model
+from lorakit.models.tensor_file import STORED, tensor_file
 
 Read = Callable[[Layer], Tensor | None]  # a layer's weight (d_out, d_in) in float32, None if the base has no such layer
-
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors name what is no quantised weight
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Key -> the open file that has it; only headers are read."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"expected a safetensors file, got a damaged one at {path}: {error}") from None
+        file = stack.enter_context(tensor_file(path))
         found |= dict.fromkeys(file.keys(), file)
     return found
 
@@ -136,7 +131,7 @@ def _holds(files: Mapping[str, Any], layer: Layer) -> bool:
         return False
     stored = files[key].get_slice(key)
     shape = layer.shape[::-1] if layer.embedding else layer.shape
-    return stored.get_dtype() in FLOATS and tuple(stored.get_shape()) == shape
+    return stored.get_dtype() in STORED and tuple(stored.get_shape()) == shape
 
 
 def _of_model(model: nn.Module, layer: Layer) -> Tensor | None:

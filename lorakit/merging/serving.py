@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.layers.lora import scale_of
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 VLLM_DEFAULT_RANK = 16
 PEFT_KINDS = {  # `peft.PeftType` of PEFT 0.21
@@ -143,4 +145,4 @@ def _file_scale(file: Mapping[str, Any]) -> float | None:
     rank, alpha = file.get("r"), file.get("lora_alpha")
     if not rank or alpha is None:
         return None
-    return alpha / (math.sqrt(rank) if file.get("use_rslora") else rank)
+    return scale_of(file)

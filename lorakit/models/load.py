@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lorakit._optional import need, quiet
 from lorakit._words import one_line
 from lorakit.layers.bases import FLOATS
 from lorakit.models.download import MODELS, fetch_model
+from lorakit.models.tensor_file import tensor_file
 
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 
@@ -118,11 +118,9 @@ def _check_files(folder: Path) -> dict[str, tuple[str, int]]:
     held: dict[str, tuple[str, int]] = {}
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with tensor_file(path) as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 held |= {key: (each.get_dtype(), len(each.get_shape())) for key, each in slices.items()}
-        except SafetensorError as error:
-            raise ValueError(f"expected safetensors weights, got a damaged file at {path}: {error}") from None
         except FileNotFoundError:
             raise FileNotFoundError(f"expected the weights' file {path}, which {INDEX} names, got none") from None
     return held

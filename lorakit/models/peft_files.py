@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from lorakit._atomic import locked, write_atomically
-from lorakit._words import one_line
 from lorakit.layers.config import PLAIN, LoRAConfig
+from lorakit.models.tensor_file import STORED, tensor_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKSUM = "lorakit_xxh3"  # a field of the safetensors header, which PEFT ignores; it finds damage, not forgery
@@ -30,7 +29,6 @@ SETTINGS, REPLACED = "lorakit_config", "lorakit_replaced_xxh3"
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that keep the base's weights
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_SETTINGS = 1 << 24  # bytes; PEFT's files have a few thousand
 Check = Callable[[dict[str, Tensor], dict[str, Any]], object]
 
@@ -173,11 +171,8 @@ def _opened(path: Path) -> Iterator[Any]:
         pickled = path.with_suffix(".bin").exists()
         hint = "; adapter_model.bin is a pickle, which could run code: save it again as safetensors" if pickled else ""
         raise FileNotFoundError(f"expected an adapter's {WEIGHTS}, got none at {path}{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise AdapterError(f"expected a safetensors file, got a damaged one at {path}: {one_line(error)}") from None
+    with tensor_file(path, AdapterError) as file:
+        yield file
 
 
 def _described(key: str, part: Any) -> Tensor:

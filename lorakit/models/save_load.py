@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakit.layers.adapter import Adapter, own_parameters
 from lorakit.layers.bases import has_float_weight, is_conv1d, linear_shape
 from lorakit.layers.config import PLAIN, LoRAConfig
-from lorakit.layers.lora import SCALE_RULES, checked_scale
+from lorakit.layers.lora import checked_scale, scale_of
 from lorakit.models.inject import adapters, grads_kept, is_adapter, wrap
 from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter, write_adapter
 from lorakit.models.targets import WRAPPERS, is_target, linear_layers, named_modules, unwrapped
@@ -135,7 +135,7 @@ def _config(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     rslora = all(each["use_rslora"] for each in settings.values())
     ranks = {name: each["r"] for name, each in settings.items()}
     alphas = {
-        name: each["lora_alpha"] if each["use_rslora"] == rslora else _scale(each) * each["r"]
+        name: each["lora_alpha"] if each["use_rslora"] == rslora else scale_of(each) * each["r"]
         for name, each in settings.items()
     }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -157,10 +157,6 @@ def _config(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _scale(settings: Mapping[str, Any]) -> float:
-    return SCALE_RULES["rslora" if settings["use_rslora"] else "lora"](settings["lora_alpha"], settings["r"])
 
 
 def _by_layer(
@@ -261,10 +257,9 @@ def _check(adapter: Any, name: str, got: dict[str, Tensor], file: dict[str, Any]
         theirs = "DoRALinear" if kind == ("LORA", True) else "LoRALinear" if kind == ("LORA", False) else kind[0]
         raise AdapterError(f"expected a file for {type(adapter).__name__} layers, got one for {theirs}")
     scale = checked_scale(*config.at(name), scale_rule=config.scale_rule)
-    if settings["r"] != rank or not math.isclose(_scale(settings), scale):
-        raise AdapterError(
-            f"expected rank {settings['r']} and scale {_scale(settings):g} for layer {name!r}, got {rank} and {scale:g}"
-        )
+    r, own = settings["r"], scale_of(settings)
+    if r != rank or not math.isclose(own, scale):
+        raise AdapterError(f"expected rank {r} and scale {own:g} for layer {name!r}, got {rank} and {scale:g}")
     for key in settings.keys() - PLAIN:
         if settings[key] != file.get(key):
             raise AdapterError(f"expected {key} = {settings[key]!r}, got {file.get(key)!r}")
