@@ -67,12 +67,12 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _declare_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="a folder with an adapter, lorakit's or PEFT's")
+    parser.add_argument("adapter", type=_place, help="a folder with an adapter, lorakit's or PEFT's")
     parser.add_argument("--base", help="compare with it: a short name, a local folder, or a hub id")
     parser.add_argument("--top", type=int, default=10, metavar="K",
                         help="singular vectors tried as intruders; 0 is quick (default: %(default)s)")  # fmt: skip
     parser.add_argument("--epsilon", type=float, default=0.5, help="cosine below which they are (default: %(default)s)")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw norm and effective rank by layer")
+    parser.add_argument("--figure", type=_place, metavar="FILE.png", help="draw norm and effective rank by layer")
     parser.add_argument("--json", action="store_true", help="print everything, each layer too, as JSON")
 
 
@@ -93,7 +93,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _declare_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, help="a .jsonl file with prompt and completion, or messages; or its folder")
+    parser.add_argument(
+        "data", type=_place, help="a .jsonl file with prompt and completion, or messages; or its folder"
+    )
     parser.add_argument("--model", required=True, help="whose tokenizer: a short name, a local folder, or a hub id")
     parser.add_argument("--chat", action="store_true", help="put the tokenizer's chat template around plain texts")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (default: the model's context)")

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit._optional import need, quiet
 from lorakit._suggest import near_names
+from lorakit._words import one_line
 from lorakit.models.download import MODELS, fetch_model
 
 
@@ -84,13 +85,12 @@ def _read(model: str, is_path: bool) -> tuple[str, Any]:
             return name, need("transformers").AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         if not hub:
-            text = " ".join(str(error).split())
-            raise ValueError(f"expected a readable config.json, got {source}: {text}") from error
+            raise ValueError(f"expected a readable config.json, got {source}: {one_line(error)}") from error
         raise ConnectionError(
             f"the config of {model!r} is not in the hub's cache, and the hub did not give it\n"
             f"Check the spelling and the connection, or use a local config.json or one of {[*MODELS, *PUBLISHED]}"
         ) from error
     except Exception as error:  # transformers and huggingface_hub raise whatever a wrong value leads to
-        raise ValueError(f"expected a model's config, got {source}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"expected a model's config, got {source}: {one_line(error)}") from error
     finally:
         log.setLevel(level)

@@ -142,7 +142,7 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise ValueError(f"expected a module {module!r}: {error}") from None
     except (Exception, SystemExit) as error:  # whatever a file does while it is read
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"expected a function {attribute!r} in {module}, which cannot be imported: {text}") from error
     return _attribute(found, attribute)
 
