@@ -184,7 +184,7 @@ BREAKS = [
     (code_cells_are_small, source(3, "1\n" * 21)),
     (code_cells_are_small, source(3, "1\n" * 17)),
     (prose_is_neither_thin_nor_long, source(2, "## What we found\nlittle")),
-    (prose_is_neither_thin_nor_long, source(2, "word " * 1801)),
+    (prose_is_neither_thin_nor_long, source(2, "word " * 2051)),
     (outputs_come_from_one_clean_run, lambda nb: nb.cells[3].update(execution_count=3)),
     (outputs_come_from_one_clean_run, lambda nb: nb.cells[3].update(execution_count=None)),
     (outputs_come_from_one_clean_run, lambda nb: nb.metadata.kernelspec.update(name="my-venv")),
