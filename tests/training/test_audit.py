@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from helpers.chat import BOS, CHATML, END, REPLY, START, TURN, byte_tokenizer
 
 import lorakit
 from lorakit import cli
@@ -13,10 +12,6 @@ from lorakit.training import audit
 from lorakit.training.audit import audit_data
 from lorakit.training.audit_tokens import Tokenizer as View
 
-START, END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
-TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-REPLY = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-CHATML = "{% for m in messages %}" + TURN + "{% endfor %}" + REPLY
 TEMPLATES = {
     "prefixes": CHATML,
     "marks": (
@@ -37,16 +32,7 @@ TEMPLATES = {
 
 @pytest.fixture
 def tokenizer():
-    """Single bytes, but that `ab` is one token; BOS before every text, if special tokens are asked for."""
-    letters = [BOS, START, END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [("a", "b")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([BOS, START, END])
-    core.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, 0)])
-    found = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=END)
-    found.chat_template = CHATML
-    return found
+    return byte_tokenizer()
 
 
 def pair(i, asked="", answer=None):
