@@ -21,7 +21,8 @@ from lorakit.models.targets import find_targets
 from lorakit.tasks.sql.task import SQL, execution_accuracy, load_sql
 from lorakit.tasks.task import ChatFormat, Task
 from lorakit.training.audit import audit_data
-from lorakit.training.batch import Example, encode
+from lorakit.training.batch import Example
+from lorakit.training.encode import encode, encode_row
 from lorakit.training.evaluate import exact_match
 from lorakit.training.fit import fit
 from lorakit.training.fit_many import Fitted, Spec, fit_many
@@ -29,6 +30,7 @@ from lorakit.training.generate import greedy
 from lorakit.training.history import History, Step
 from lorakit.training.optim import loraplus_groups
 from lorakit.training.recipe import Recipe
+from lorakit.training.rows import read_rows
 
 if TYPE_CHECKING:
     from lorakit.experiments.sweep import sweep as sweep
@@ -58,6 +60,7 @@ __all__ = [
     "count",
     "dequantize_model",
     "encode",
+    "encode_row",
     "exact_match",
     "execution_accuracy",
     "find_targets",
@@ -76,6 +79,7 @@ __all__ = [
     "pissa_start",
     "prevent_repacking",
     "quantize_model",
+    "read_rows",
     "remove",
     "save_adapter",
 ]

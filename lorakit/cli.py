@@ -98,6 +98,7 @@ def _declare_audit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", required=True, help="whose tokenizer: a short name, a local folder, or a hub id")
     parser.add_argument("--chat", action="store_true", help="put the tokenizer's chat template around plain texts")
+    parser.add_argument("--turns", choices=("all", "last"), default="all", help="which of a conversation's are learned")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (default: the model's context)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -112,7 +113,7 @@ def _audit(args: argparse.Namespace) -> int:
     if not files:
         raise ValueError(f"expected .jsonl files in {args.data}, got none")
     limit = context if args.max_length is None else args.max_length
-    reports = [audit_data(file, tokenizer, limit, args.chat) for file in files]
+    reports = [audit_data(file, tokenizer, limit, args.chat, args.turns) for file in files]
     if args.json:
         print(json.dumps([report.as_record() for report in reports], indent=2))
     else:

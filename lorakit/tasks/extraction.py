@@ -17,7 +17,8 @@ from typing import Any
 
 from lorakit._suggest import near_names
 from lorakit.tasks.facts import FIRST_NAMES, LAST_NAMES
-from lorakit.tasks.task import CHATML, ChatItem, Task, paired, shuffled
+from lorakit.tasks.sql.questions import CHATML
+from lorakit.tasks.task import ChatItem, Task, paired, shuffled
 
 LARGEST = {"train": 4000, "phrasings": 480, "kinds": 4000}  # messages a split; there are more that differ
 SPLITS = tuple(LARGEST)
@@ -120,6 +121,7 @@ NEW_KINDS = ("lesson", "rental")  # never in training
 class Message(ChatItem):
     """One item: the message and what it says, by field."""
 
+    chat = CHATML
     kind: str
     text: str
     fields: dict[str, str | int]

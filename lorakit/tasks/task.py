@@ -10,17 +10,18 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorakit._suggest import near_names
-from lorakit.training.batch import Example, encode
+from lorakit.training.batch import Example
+from lorakit.training.encode import encode
 from lorakit.training.evaluate import exact_match
 from lorakit.training.generate import greedy
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands around the user's turn and behind the reply; by default ChatML, in which SmolLM2 was tuned.
+    """What stands around the user's turn and behind the reply.
 
     Args:
         opening: before the user's turn, with the system's turn if there is one.
@@ -28,9 +29,9 @@ class ChatFormat:
         end: ends the reply.
     """
 
-    opening: str = "<|im_start|>user\n"
-    closing: str = "<|im_end|>\n<|im_start|>assistant\n"
-    end: str = "<|im_end|>"
+    opening: str
+    closing: str
+    end: str
 
     def prompt(self, asked: str) -> str:
         """What the model reads."""
@@ -44,6 +45,8 @@ class ChatFormat:
     def of(cls, tokenizer: Any) -> "ChatFormat":
         """The format of a tokenizer's own chat template, its default system turn and first token included.
 
+        What the template puts before every reply, such as empty thoughts, is part of the prompt.
+
         Raises:
             ValueError: the tokenizer has no chat template, or one that does not show a turn as it is.
         """
@@ -53,31 +56,31 @@ class ChatFormat:
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        if prompt.count(asked) != 1 or whole.count(answer) != 1:
-            raise ValueError(f"expected a chat template that shows each turn once, got {whole!r}")
-        behind = whole.split(answer)[1].split()
-        opening, closing = prompt.split(asked)
-        return cls(opening, closing, behind[0] if behind else tokenizer.eos_token or "")
-
-
-CHATML = ChatFormat()
+        if whole.count(asked) != 1 or whole.count(answer) != 1 or not whole.startswith(prompt):
+            raise ValueError(
+                f"expected a chat template that shows each turn once, as its prompt begins it, got {whole!r}"
+            )
+        before, _, behind = whole.partition(answer)
+        opening, closing = before.split(asked)
+        return cls(opening, closing, behind.split()[0] if behind.strip() else tokenizer.eos_token or "")
 
 
 class ChatItem:
-    """The texts of an item that has `asked` and `answer`, in SmolLM2's format; `Task.chat` puts another around them."""
+    """The texts of an item that has `asked` and `answer`, in its class's format; `Task.chat` puts another around."""
 
+    chat: ClassVar[ChatFormat]
     asked: Any
     answer: Any
 
     @property
     def prompt(self) -> str:
         """What the model reads."""
-        return CHATML.prompt(self.asked)
+        return self.chat.prompt(self.asked)
 
     @property
     def completion(self) -> str:
         """What the model must write."""
-        return CHATML.completion(self.answer)
+        return self.chat.completion(self.answer)
 
 
 def encoded(tokenizer: Any, items: Iterable[Any]) -> list[Example]:

@@ -22,7 +22,8 @@ from lorakit.models.download import cache_dir
 from lorakit.models.manifest import seal
 from lorakit.tasks import facts
 from lorakit.tasks.facts import BOS, EOS, PAD, Fact, encoded, known_facts, recall
-from lorakit.training.batch import Example, encode
+from lorakit.training.batch import Example
+from lorakit.training.encode import encode
 from lorakit.training.evaluate import exact_match
 from lorakit.training.fit import fit
 from lorakit.training.history import History

@@ -9,15 +9,15 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from lorakit.training.audit_rows import Row, in_chat, read_rows, text_of
 from lorakit.training.audit_tokens import Tokenizer, Tokens, load_tokenizer
+from lorakit.training.rows import ASSISTANT, FIRST, Row, check_turns, in_chat, read_rows, text_of
 
 __all__ = ["Audit", "Finding", "audit_data", "load_tokenizer"]
 SHOWN = 60  # characters of an example
 ODD = re.compile(  # the replacement sign, controls, byte order marks and no characters, UTF-8 read as Latin-1
     "[\ufffd\ufeff\ufffe\uffff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac|[\u00c2\u00c3][\u0080-\u00bf]"
 )
-FIRST, ASKING = ("system", "developer"), ("user", "tool", "function", "ipython")
+ASKING = ("user", "tool", "function", "ipython")
 
 
 @dataclass(frozen=True)
@@ -59,30 +59,37 @@ Check = Callable[[Row, Tokens, Tokenizer], str | None]  # what a row shows of a 
 
 
 def audit_data(
-    data: str | os.PathLike | Iterable[Row], tokenizer: Any, max_length: int | None = None, chat: bool = False
+    data: str | os.PathLike | Iterable[Row],
+    tokenizer: Any,
+    max_length: int | None = None,
+    chat: bool = False,
+    turns: str = "all",
 ) -> Audit:
     """Reads training data as a tokenizer does, and says what a training would make of it.
 
-    Labelled tokens are those that a loss counts: the completion of a pair; in a conversation the assistant's turns, by
-    the template's own `{% generation %}` marks if it has them, else by the conversation's prefixes up to each turn.
+    Labelled tokens are those that a loss counts, as `encode_row` labels them: the completion of a pair; in a
+    conversation the assistant's turns.
 
     Args:
         data: a .jsonl file for `read_rows`, or rows.
         tokenizer: a transformers tokenizer; `load_tokenizer` gets one without its model.
         max_length: tokens that a row may have; None for no limit.
         chat: puts the tokenizer's chat template around plain pairs.
+        turns: of a conversation's turns, "all" are labelled or the "last", as by `encode_row`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_rows`; max_length is below 1; or a chat template is missing.
+        FileNotFoundError, ValueError: as `read_rows`; max_length is below 1, no such turns, or no chat template.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"expected a length of at least 1 token, got {max_length}")
     rows = read_rows(data) if isinstance(data, str | os.PathLike) else list(data)
+    check_turns(turns)
     view = Tokenizer(tokenizer)
     if chat and not view.template:
         raise ValueError("expected a tokenizer with a chat template, got one without")
     kinds = Counter(row.kind for row in rows)
     rows = [in_chat(row) for row in rows] if chat else rows
+    rows = [row.last_learned() for row in rows] if turns == "last" else rows
     read = [view.read(row) for row in rows]
     found = [*_single(rows, read, view), *_too_long(rows, read, max_length), *_repeated(rows)]
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "rows"
@@ -123,9 +130,9 @@ def _single(rows: Sequence[Row], read: Sequence[Tokens], view: Tokenizer) -> lis
     for row, tokens in zip(rows, read, strict=True):
         for fault, (_, check) in CHECKS.items():
             if (example := check(row, tokens, view)) is not None:
-                seen[fault].append((row.number, example))
+                seen[fault].append((row.number, example if fault == "refused" else _short(example)))
     return [
-        Finding(fault, what, tuple(number for number, _ in seen[fault]), _short(seen[fault][0][1]))
+        Finding(fault, what, tuple(number for number, _ in seen[fault]), seen[fault][0][1])
         for fault, (what, _) in CHECKS.items()
         if seen[fault]
     ]
@@ -147,12 +154,12 @@ def _roles(row: Row, tokens: Tokens, view: Tokenizer) -> str | None:
     roles = [message["role"] for message in row.messages]
     turns = roles[1:] if roles and roles[0] in FIRST else roles
     right = all(
-        (role == "assistant" and before in ASKING)
-        or (role == "user" and before in (None, "assistant"))
-        or (role in ASKING[1:] and before in ("assistant", *ASKING[1:]))
+        (role == ASSISTANT and before in ASKING)
+        or (role == "user" and before in (None, ASSISTANT))
+        or (role in ASKING[1:] and before in (ASSISTANT, *ASKING[1:]))
         for before, role in pairwise([None, *turns])
     )
-    return None if not roles or (right and turns and turns[-1] == "assistant") else ", ".join(roles)
+    return None if not roles or (right and turns and turns[-1] == ASSISTANT) else ", ".join(roles)
 
 
 def _refused(row: Row, tokens: Tokens, view: Tokenizer) -> str | None:
@@ -163,8 +170,8 @@ def _empty(row: Row, tokens: Tokens, view: Tokenizer) -> str | None:
     if row.completion is not None:
         replies = [row.completion]
     else:
-        turns = [m for m in row.messages[row.given or 0 :] if m["role"] == "assistant" and not m.get("tool_calls")]
-        replies = [text_of(message) for message in turns]
+        turns = [row.messages[i] for i in row.learned]
+        replies = [text_of(message) for message in turns if not message.get("tool_calls")]
     for word in view.special:
         replies = [reply.replace(word, "") for reply in replies]
     return "" if any(not reply.strip() for reply in replies) else None

@@ -1,20 +1,20 @@
 """Rows of training data as a tokenizer sees them: their tokens, and which of them a loss would count."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 from lorakit._optional import need, quiet
-from lorakit._words import one_line
 from lorakit.models.download import MODELS, fetch_model
-from lorakit.training.audit_rows import Message, Row, text_of
-from lorakit.training.batch import _unknown_id
+from lorakit.training.chat import MARK, generation_prompt, shown, special_words, spoken, template_of
+from lorakit.training.encode import in_parts, unknown_id
+from lorakit.training.rows import Row
 
 ENDLESS = 10**9  # a tokenizer that knows no limit says more
+ASKED, ANSWERED = {"role": "user", "content": "ASKED"}, {"role": "assistant", "content": "ANSWERED"}
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,10 @@ class Tokenizer:
     """A tokenizer with what a row is held against: its special tokens, and what its chat template does."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[int] = ()):
-        self.tokenizer, self.template = tokenizer, getattr(tokenizer, "chat_template", None)
-        self.marked = bool(self.template) and re.search(r"\{%-?\s*generation\b", str(self.template)) is not None
-        self.bos, self.unknown = getattr(tokenizer, "bos_token_id", None), _unknown_id(tokenizer)
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        self.special = [str(token) for token in added if token.special]
+        self.tokenizer, self.template = tokenizer, template_of(tokenizer)
+        self.marked = self.template is not None and MARK.search(self.template) is not None
+        self.bos, self.unknown = getattr(tokenizer, "bos_token_id", None), unknown_id(tokenizer)
+        self.special = special_words(tokenizer)
         self.ends = {end for end in (*ends, getattr(tokenizer, "eos_token_id", None)) if end is not None}
         if self.template and (end := self._template_end()) is not None:
             self.ends.add(end)
@@ -55,79 +54,48 @@ class Tokenizer:
         """True for a token of white space."""
         return not self.tokenizer.decode([token]).strip()
 
-    def shown(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The conversation in the chat template, with the beginning of a reply if `prompt`."""
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-
     def read(self, row: Row) -> Tokens:
-        """A row's tokens and labels: a plain pair as `encode` has them, a conversation as its template does."""
+        """A row's tokens and labels, as `encode_row` has them."""
         if row.prompt is not None and row.completion is not None:
-            return self._pair(row.prompt, row.completion)
-        if not self.template:
-            return Tokens([], [], refused="the tokenizer has no chat template")
+            return self._tokens([(row.prompt, False), (row.completion, True)])
         try:
-            return self._chat(row)
-        except Exception as error:  # a template may raise anything
-            return Tokens([], [], refused=one_line(error))
+            return self._tokens(spoken(self.tokenizer, row), sum(len(self.ids(text)) for text in row.texts))
+        except ValueError as error:
+            return Tokens([], [], refused=str(error))
 
-    def _pair(self, prompt: str, completion: str) -> Tokens:
-        before, after = self.ids(prompt), self.ids(completion)
-        together = self.ids(prompt + completion)
-        border = None if together == before + after else _around(prompt, completion)
-        return Tokens(before + after, [False] * len(before) + [True] * len(after), border=border)
-
-    def _chat(self, row: Row) -> Tokens:
-        text = self.shown(row.messages)
-        ids = self.ids(text)
-        added = len(ids) - sum(len(self.ids(text_of(message))) for message in row.messages)
-        turns = [
-            i for i, message in enumerate(row.messages) if message["role"] == "assistant" and i >= (row.given or 0)
-        ]
-        if self.marked:
-            mask = self._mask(row)
-            start = len(self.ids(self.shown(row.messages[: row.given], prompt=True))) if row.given else 0
-            return Tokens(ids, [bool(m) and i >= start for i, m in enumerate(mask)], added)
-        labelled, border = [False] * len(ids), None
-        for turn in turns:
-            before = self.shown(row.messages[:turn], prompt=True) if turn else self.generation_prompt
-            whole = self.shown(row.messages[: turn + 1])
-            upto = _common(whole, text)  # less than the whole where a template ends every conversation by something
-            cut = upto != whole and text_of(row.messages[turn]).strip() not in upto[len(before) :]
-            if cut or not text.startswith(before):
-                return Tokens(ids, [False] * len(ids), added, refused=f"it shows turn {turn + 1} otherwise later on")
-            first, last = self.ids(before), self.ids(upto)
-            if ids[: len(first)] != first or ids[: len(last)] != last:
-                border = _around(before, text[len(before) :])
-            labelled[len(first) : len(last)] = [True] * (len(last) - len(first))
-        return Tokens(ids, labelled, added, border)
-
-    def _mask(self, row: Row) -> list[int]:
-        with quiet():
-            found = self.tokenizer.apply_chat_template(
-                list(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        return found["assistant_masks"]
+    def _tokens(self, parts: Sequence[tuple[str, bool]], written: int = 0) -> Tokens:
+        """Args: written: how many of the tokens are not the template's."""
+        texts = [text for text, _ in parts]
+        tokens = in_parts(self.tokenizer, texts)
+        pairs = [(token, learned) for part, (_, learned) in zip(tokens, parts, strict=True) for token in part]
+        ids, whole = [token for token, _ in pairs], self.ids("".join(texts))
+        border = None
+        if ids != whole:
+            ends = accumulate(texts)
+            cut = next(i for i, text in enumerate(ends, 1) if whole[: len(head := self.ids(text))] != head)
+            border = f"{texts[cut - 1][-12:]!r} and {texts[cut][:12]!r}"
+        return Tokens(ids, [learned for _, learned in pairs], len(ids) - written if written else 0, border)
 
     def _template_end(self) -> int | None:
         """The token with which the template ends a reply."""
         try:
-            text = self.shown([{"role": "user", "content": "ASKED"}, {"role": "assistant", "content": "ANSWERED"}])
-        except Exception:
+            text = shown(self.tokenizer, [ASKED, ANSWERED])
+        except ValueError:
             return None
-        behind = self.ids(text.rpartition("ANSWERED")[2])
+        behind = self.ids(text.rpartition(ANSWERED["content"])[2])
         return next((token for token in behind if self.tokenizer.decode([token]) in self.special), None)
 
     @cached_property
     def default_system(self) -> str:
         """The system's turn that the template puts before a conversation without one, '' if it does not."""
-        user, reply = {"role": "user", "content": "ASKED"}, {"role": "assistant", "content": "ANSWERED"}
         try:
-            opening = self.shown([user]).partition("ASKED")[0]
-            between = self.shown([user, reply, user]).rpartition("ANSWERED")[2].partition("ASKED")[0]
-        except Exception:
+            opening = shown(self.tokenizer, [ASKED]).partition(ASKED["content"])[0]
+            between = shown(self.tokenizer, [ASKED, ANSWERED, ASKED]).rpartition(ANSWERED["content"])[2]
+        except ValueError:
             return ""
-        usual = _common(opening[::-1], between[::-1])[::-1]
-        rest = opening.removesuffix(usual)
+        between = between.partition(ASKED["content"])[0]
+        usual = next((i for i in range(len(between)) if opening.endswith(between[i:])), len(between))
+        rest = opening.removesuffix(between[usual:])
         for word in self.special:
             rest = rest.replace(word, " ")
         return " ".join(rest.split()).removeprefix("system ")
@@ -135,10 +103,9 @@ class Tokenizer:
     @cached_property
     def generation_prompt(self) -> str:
         """What the template adds for a reply to begin."""
-        asked = [{"role": "user", "content": "ASKED"}]
         try:
-            return self.shown(asked, prompt=True).removeprefix(self.shown(asked))
-        except Exception:
+            return generation_prompt(self.tokenizer)
+        except ValueError:
             return ""
 
 
@@ -166,13 +133,3 @@ def load_tokenizer(model: str | os.PathLike) -> tuple[Any, int | None]:
             pass  # a folder that holds a tokenizer alone
     limits.append(tokenizer.model_max_length)
     return tokenizer, min((limit for limit in limits if limit and limit < ENDLESS), default=None)
-
-
-def _common(one: str, other: str) -> str:
-    """The beginning that two texts share."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
-
-
-def _around(before: str, after: str) -> str:
-    return f"{before[-12:]!r} and {after[:12]!r}"

@@ -71,50 +71,6 @@ def context_of(model: Any) -> float:
     return math.inf if context is None else context
 
 
-def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> Example:
-    """Tokenises a prompt and its completion apart, as generation will see them, and labels the completion only.
-
-    Args:
-        max_length: tokens at most: what is too much goes from the prompt's start, behind a token that begins texts.
-            The completion is never cut. None for any number.
-
-    Raises:
-        ValueError: the completion alone is longer than `max_length`; or the tokenizer gives words that it does not know
-            the id of another token, or a completion holds words that it does not know: a model would learn something
-            else, and could look perfect at it.
-    """
-    if not callable(tokenizer) or not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ValueError("expected a tokenizer and two texts, got something else")
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    declared, unknown = getattr(tokenizer, "unk_token_id", None), _unknown_id(tokenizer)
-    if unknown in completion_ids or (unknown != declared and unknown in prompt_ids):
-        words = f"{prompt} {completion}".replace(tokenizer.decode([unknown]), " ").split()
-        strange = [w for w in dict.fromkeys(words) if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
-        if strange:  # the token may also stand in the text by its name
-            raise ValueError(f"expected words that the tokenizer knows, got {', '.join(map(repr, strange[:8]))}")
-    if max_length is not None:
-        prompt_ids = _shortened(prompt_ids, max_length - len(completion_ids), getattr(tokenizer, "bos_token_id", None))
-    return Example(prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids)
-
-
-def _shortened(ids: list[int], room: int, bos: int | None) -> list[int]:
-    """The last `room` ids, the first of which is `bos` if that was the first of all."""
-    if room < 0:
-        raise ValueError(f"expected a completion of at most max_length tokens, got {-room} more")
-    if len(ids) <= room:
-        return ids
-    kept = ids[:1] if room and ids[0] == bos else []
-    return kept + ids[len(ids) - room + len(kept) :]
-
-
-def _unknown_id(tokenizer: Any) -> int | None:
-    """The id that stands for words without one; the tokenizer may give them another token's and not say so."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    token = getattr(model, "unk_token", None)
-    return getattr(tokenizer, "unk_token_id", None) if token is None else tokenizer.convert_tokens_to_ids(token)
-
-
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
     """Pads examples on the right to one length: input_ids, attention_mask and labels, as transformers' models take."""
     longest = max(len(example.input_ids) for example in examples)

@@ -30,6 +30,8 @@ def workplace(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder / "my-model")
     pairs = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}<|im_end|>"} for n in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    asked, said = {"role": "user", "content": "2 plus 1?"}, {"role": "assistant", "content": "3"}
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": [asked, said, asked, said]}) + "\n")
     return folder
 
 

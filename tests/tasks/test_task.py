@@ -10,8 +10,9 @@ import lorakit
 from lorakit.tasks import tiny_model
 from lorakit.tasks.extraction import EXTRACTION, messages
 from lorakit.tasks.facts import BOS, EOS, FACTS, facts, known_facts
+from lorakit.tasks.sql.questions import CHATML
 from lorakit.tasks.sql.task import generate, sql_task
-from lorakit.tasks.task import CHATML, ChatFormat, Task, encoded, own_task
+from lorakit.tasks.task import ChatFormat, Task, encoded, own_task
 from lorakit.training.batch import IGNORE
 
 TEMPLATES = {  # as models have them, without their branches: how each writes a question and an answer
@@ -37,8 +38,8 @@ TEMPLATES = {  # as models have them, without their branches: how each writes a 
     ),
     "without an end": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}a: {% endif %}",
-        ChatFormat("user: ", "\na: ", EOS),
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        ChatFormat("user: ", "\nassistant: ", EOS),
     ),
 }
 
@@ -60,9 +61,22 @@ def test_a_chat_format_is_read_off_a_template(tokenizer, name):
 def test_a_template_that_is_missing_or_hides_a_turn_is_refused(tokenizer):
     with pytest.raises(ValueError, match="with a chat template, got one without"):
         ChatFormat.of(tokenizer)
-    tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
-    with pytest.raises(ValueError, match="shows each turn once"):
-        ChatFormat.of(tokenizer)
+    for template in (
+        "{{ messages[0].content }}{{ messages[0].content }}",
+        "{{ messages[0].content }}:{% if add_generation_prompt %}a{% else %}{{ messages[-1].content }}{% endif %}",
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="shows each turn once, as its prompt begins it"):
+            ChatFormat.of(tokenizer)
+
+
+def test_what_a_template_puts_before_each_reply_belongs_to_the_prompt(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}|"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert ChatFormat.of(tokenizer) == ChatFormat("[user]", "|[assistant]<think></think>", "|")
 
 
 @pytest.mark.parametrize("task", [lorakit.SQL, sql_task(3), EXTRACTION, FACTS], ids=lambda task: task.name)

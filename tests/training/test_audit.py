@@ -139,9 +139,9 @@ def test_of_a_prompt_in_messages_the_completion_alone_is_labelled(tokenizer, tmp
     ("template", "fault", "words"),
     [
         ("choosy", "refused", "one question only"),
-        ("forgetful", "refused", "it shows turn 2 otherwise later on"),
+        ("forgetful", "refused", "one that leaves out 'long'"),
         ("without an end", "no-end", ""),
-        (None, "refused", "the tokenizer has no chat template"),
+        (None, "refused", "expected a tokenizer with a chat template"),
     ],
 )
 def test_what_a_template_does_wrong_is_told(tokenizer, tmp_path, template, fault, words):
@@ -150,6 +150,16 @@ def test_what_a_template_does_wrong_is_told(tokenizer, tmp_path, template, fault
     report = audit_data(write(tmp_path, [two]), tokenizer)
     assert faults(report) == {fault: (1,)}
     assert words in str(report)
+
+
+def test_the_last_turn_can_be_labelled_alone(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "load_tokenizer", lambda model: (tokenizer, 100))
+    path = write(tmp_path, [talk(1)])
+    shares = []
+    for turns in ("all", "last"):
+        assert cli.main(["audit", str(path), "--model", "any", "--json", "--turns", turns]) == 0
+        shares.append(json.loads(capsys.readouterr().out)[0]["facts"]["labelled"])
+    assert shares[1] == pytest.approx(shares[0] / 2, abs=1e-4)
 
 
 def test_plain_texts_can_be_put_into_the_template(tokenizer, tmp_path):

@@ -11,8 +11,9 @@ from lorakit._suggest import near_names
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
 from lorakit.tasks.sql.sandbox import Database, Table
-from lorakit.tasks.task import ChatItem, shuffled
+from lorakit.tasks.task import ChatFormat, ChatItem, shuffled
 
+CHATML = ChatFormat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")  # SmolLM2's
 POPULATIONS = 3  # databases a table
 TABLES = words.TABLES | harder.TABLES
 
@@ -21,6 +22,7 @@ TABLES = words.TABLES | harder.TABLES
 class Item(ChatItem):
     """One question with its query; `shape`, `template` and `table` say how it was made."""
 
+    chat = CHATML
     question: str
     answer: str
     schema: str

@@ -27,10 +27,10 @@ from lorakit.tasks.sql.edges import edge_databases
 from lorakit.tasks.sql.files import load_databases, read_items, write_files
 from lorakit.tasks.sql.harder_questions import harder_questions
 from lorakit.tasks.sql.mistakes import near_misses as _near_misses
-from lorakit.tasks.sql.questions import Item, questions
+from lorakit.tasks.sql.questions import CHATML, Item, questions
 from lorakit.tasks.sql.sandbox import Database, QueryError, Value, run_query
 from lorakit.tasks.sql.stranger import FOLDER, stranger_databases, stranger_items, stranger_tables
-from lorakit.tasks.task import CHATML, Task, paired, shuffled
+from lorakit.tasks.task import Task, paired, shuffled
 
 SPLIT_SIZES = {"train": 400, "iid": 256, "values": 256, "phrasings": 256, "tables": 256}  # items
 SPLITS = tuple(SPLIT_SIZES)
