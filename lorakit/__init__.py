@@ -17,6 +17,7 @@ from lorakit.models.merge import folded, merge, remove
 from lorakit.models.peft_files import AdapterError
 from lorakit.models.quantize import dequantize_model, quantize_model
 from lorakit.models.save_load import load_adapter, save_adapter
+from lorakit.models.several import add_adapter, delete_adapter, named_adapters, set_adapter, using_adapters
 from lorakit.models.targets import find_targets
 from lorakit.tasks.sql.task import SQL, execution_accuracy, load_sql
 from lorakit.tasks.task import ChatFormat, Task
@@ -55,9 +56,11 @@ __all__ = [
     "Step",
     "Task",
     "adapters",
+    "add_adapter",
     "audit_data",
     "budget",
     "count",
+    "delete_adapter",
     "dequantize_model",
     "encode",
     "encode_row",
@@ -75,6 +78,7 @@ __all__ = [
     "load_sql",
     "loraplus_groups",
     "merge",
+    "named_adapters",
     "olora_start",
     "pissa_start",
     "prevent_repacking",
@@ -82,6 +86,8 @@ __all__ = [
     "read_rows",
     "remove",
     "save_adapter",
+    "set_adapter",
+    "using_adapters",
 ]
 
 

@@ -112,8 +112,12 @@ class LoRALinear(nn.Module):
     def formula(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The definition of the layer, in plain operations."""
         y = self.base(x)  # (*batch, d_out)
+        return (y + self.update(x)).to(y.dtype)
+
+    def update(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """What is added to the base's answer: `s B A dropout(x)`, in the adapter's dtype."""
         xa = F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (*batch, rank)
-        return (y + self.scale * F.linear(xa, self.B)).to(y.dtype)  # (*batch, d_out)
+        return self.scale * F.linear(xa, self.B)  # (*batch, d_out)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
         """The update `s B A` that training has learned, in the adapter's dtype."""

@@ -53,13 +53,18 @@ def is_adapter(module: nn.Module) -> bool:
 def adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters in a model by the name of the layer each one wraps, in the model's order."""
     check_module(model)
-    return {name: module for name, module in named_modules(model) if is_adapter(module)}
+    found: dict[str, Any] = {}
+    outer = None  # of an adapter that holds several, these are not found: it stands for the one that is chosen
+    for name, module in named_modules(model):
+        if is_adapter(module) and not (outer is not None and name.startswith(f"{outer}.")):
+            found[name], outer = module, name
+    return found
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """The `id` of every parameter that the model holds in more than one place."""
+    """The `id` of every parameter that several modules of the model have, as a tied head and its embedding do."""
     check_module(model)
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {place for place, times in uses.items() if times > 1}
 
 

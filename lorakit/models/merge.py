@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
     added: list[LoRALinear] = []
     try:
         for layer in layers:
-            if plain[layer] is layer.base:
+            if _can_be_undone(layer):
                 _add(layer, added)
         for parent, child, layer in held:
             setattr(parent, child, plain[layer])
@@ -92,7 +92,7 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _can_be_undone(layer: Any) -> bool:
+def _can_be_undone(layer: Any) -> TypeGuard[LoRALinear]:
     """True if the update is `s B A`, in the weight's own dtype and wide enough to be subtracted again."""
     own = getattr(type(layer), "delta_weight", None) is LoRALinear.delta_weight
     return own and is_plain(layer.base) and layer.base.weight.dtype == layer.A.dtype

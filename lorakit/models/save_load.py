@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,34 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         ValueError: no adapters, some that do not say it, or of several kinds; values that are not finite; further
             trainable parameters, which the files could not hold; or a process's share of an adapter in place of all.
     """
-    layers = adapters(model)
+    write_adapter(Path(folder), *as_file(model))
+    return Path(folder)
+
+
+def as_file(model: nn.Module, layers: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an adapter's two files hold, tensors and settings: those of the model's adapters, or of some outside of it.
+
+    Raises:
+        ValueError: as `save_adapter`.
+    """
+    if layers is None:
+        layers = adapters(model)
+        inside = {id(p) for layer in layers.values() for p in own_parameters(layer).values()}
+        lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+        if layers and lost:
+            raise ValueError(
+                f"expected only adapters to be trainable, got also {', '.join(lost[:4])}: they would be lost"
+            )
     if not layers:
         raise ValueError("expected a model with adapters, got a plain one")
-    config = _config(model, layers)
-    inside = {id(p) for layer in layers.values() for p in own_parameters(layer).values()}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if lost:
-        raise ValueError(f"expected only adapters to be trainable, got also {', '.join(lost[:4])}: they would be lost")
-    tensors = {}
+    config, tensors = _config(model, layers), {}
     for name, layer in layers.items():
         wanted = _factor_shapes(layer.peft_settings()["r"], layer.base)
         for part, tensor in layer.peft_tensors().items():
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's, of all processes
             _check_shape(whole, wanted.get(part, tuple(whole.shape)), part, name)
             tensors[f"{PREFIX}{name}.{part}"] = whole.detach().cpu().contiguous()
-    write_adapter(Path(folder), tensors, config)
-    return Path(folder)
+    return tensors, config
 
 
 def load_adapter(
@@ -83,8 +94,30 @@ def load_adapter(
             not fit the model. The model is untouched.
     """
     present = adapters(model)
-    kinds = {"LORA", *(_settings(each, name)["peft_type"] for name, each in present.items())}
     bases = {name: each.base for name, each in present.items()} if present else linear_layers(model)
+    with grads_kept(model):
+        layers = read_layers(model, Path(folder), layer, bases, present)
+        return model if present else wrap(model, layers, lambda name, _: layers[name])
+
+
+def read_layers(
+    model: nn.Module,
+    source: Path | tuple[dict[str, Tensor], dict[str, Any]],
+    layer: Callable[..., nn.Module] | None,
+    bases: dict[str, nn.Module],
+    present: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The layers of an adapter with its values in them: those that are present, or new ones that are not in the model.
+
+    Args:
+        model: that of the bases.
+        source: a folder, or what `as_file` returns.
+        layer: as for `load_adapter`, which says what is refused.
+        bases: every layer that may have an adapter.
+        present: the model's adapters, which get all values or none; without them, new ones are made.
+    """
+    present = present or {}
+    kinds = {"LORA", *(_settings(each, name)["peft_type"] for name, each in present.items())}
     frozen = _base_tensors(model, bases)
     layers: dict[str, Any] = dict(present)
     keys: dict[str, dict[str, str]] = {}  # layer -> what follows its name in the file -> the whole name there
@@ -99,12 +132,16 @@ def load_adapter(
                 layers[name] = _made(config, name, bases[name])
             _check(layers[name], name, {part: header[key] for part, key in parts.items()}, file, config)
 
-    with grads_kept(model):
-        tensors, _ = read_adapter(Path(folder), kinds if layer is None else None, check)
-        for key in tensors.keys() & frozen.keys():
-            _check_base(key, tensors[key], frozen[key])
-        _fill(layers, {name: {part: tensors[key] for part, key in parts.items()} for name, parts in keys.items()})
-        return model if present else wrap(model, layers, lambda name, _: layers[name])
+    if isinstance(source, Path):
+        tensors, _ = read_adapter(source, kinds if layer is None else None, check)
+    else:
+        tensors, file = source
+        check_finite(tensors)
+        check(tensors, file)
+    for key in tensors.keys() & frozen.keys():
+        _check_base(key, tensors[key], frozen[key])
+    _fill(layers, {name: {part: tensors[key] for part, key in parts.items()} for name, parts in keys.items()})
+    return layers
 
 
 def _made(config: LoRAConfig, name: str, base: nn.Module) -> nn.Module:
@@ -124,7 +161,7 @@ def _settings(layer: Any, name: str) -> dict[str, Any]:
     return layer.peft_settings()
 
 
-def _config(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+def _config(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter_config.json of a model: the commonest rank and alpha, and a pattern for each layer that differs."""
     settings = {name: _settings(layer, name) for name, layer in layers.items()}
     common = [{key: value for key, value in each.items() if key not in BY_LAYER} for each in settings.values()]

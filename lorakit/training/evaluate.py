@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lorakit._numbers import check_integer
 from lorakit._progress import Progress
+from lorakit.layers.named_adapters import check_one_choice
 from lorakit.speed.accelerated import accelerated
 from lorakit.training.batch import IGNORE, Example, check_examples, collate
 from lorakit.training.generate import _in_batches
@@ -82,6 +83,7 @@ def teacher_forced(
     The arguments are those of `exact_match`.
     """
     check_integer("batch_size", batch_size)
+    check_one_choice(model)
     check_examples(model, examples)
     found, was_training = [(False, 0.0)] * len(examples), model.training
     device = next(model.parameters()).device

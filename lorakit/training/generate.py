@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lorakit._numbers import check_integer
 from lorakit._progress import Progress
+from lorakit.layers.named_adapters import check_one_choice
+from lorakit.models.several import check_known, using_adapters
 from lorakit.models.targets import unwrapped
 from lorakit.speed.accelerated import accelerated
 from lorakit.training.batch import context_of
@@ -57,6 +59,7 @@ def greedy(
     prompts: Sequence[str],
     *,
     stop: str | None = None,
+    adapters: Sequence[str | None] | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 64,
     accelerate: bool = True,
@@ -72,6 +75,7 @@ def greedy(
         prompts: texts.
         stop: ends an answer; it need not be a single token. The tokenizer's eos ends one too, and alone if this is None
             (SmolLM2's is the end of a turn; another model's need not be: `ChatFormat.of(tokenizer).end`).
+        adapters: of a model with named adapters, which one answers each prompt, None for the base; they share batches.
         max_new_tokens: at most so many tokens an answer, and no more than the context holds with the longest prompt.
         batch_size: prompts at a time, padded on the left.
         accelerate: use what `speed.accelerated` finds to pay; False for the plain formulas.
@@ -81,7 +85,8 @@ def greedy(
         one answer a prompt, in their order.
 
     Raises:
-        ValueError: a prompt without tokens or without room in the context, an empty stop, or a number out of range.
+        ValueError: a prompt without tokens or without room in the context, an empty stop, or a number out of range; an
+            unknown adapter, or not one for each prompt.
     """
     if not callable(tokenizer) or not hasattr(model, "generate"):
         raise ValueError(f"expected a model with generate() and its tokenizer, got {type(model).__name__}")
@@ -91,6 +96,11 @@ def greedy(
         raise ValueError("expected a list of texts as prompts, got something else")
     if stop is not None and (not isinstance(stop, str) or not stop):
         raise ValueError(f"expected stop as a text that is not empty, or None, got {stop!r}")
+    check_one_choice(model)
+    if adapters is not None:
+        if isinstance(adapters, str) or len(adapters) != len(prompts):
+            raise ValueError(f"expected an adapter for each of {len(prompts)} prompts, got {adapters!r}")
+        check_known(model, adapters)
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     room = context_of(model) - max(map(len, ids), default=0)
     if room < 1 or not all(ids):
@@ -124,7 +134,8 @@ def greedy(
                 inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
                 if stop is not None and len(stop_ids) > 1:
                     settings["stopping_criteria"] = [partial(_ends, start=longest, stop=stop, tokenizer=tokenizer)]
-                output = view.generate(**inputs, **settings)
+                with using_adapters(model, [adapters[i] for i in batch]) if adapters else nullcontext():
+                    output = view.generate(**inputs, **settings)
                 for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                     end = next((k for k, token in enumerate(row) if token in ends), len(row))
                     text = tokenizer.decode(row[:end])

@@ -11,6 +11,8 @@ from helpers.architectures import GQA, TINY
 from helpers.chat import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lorakit
+
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## In your own script\n")[2].partition("\n## ")[0]
 PROGRAMS = {  # what the README says of each program -> the program
@@ -28,6 +30,8 @@ def workplace(tmp_path_factory):
     tokenizer.save_pretrained(folder / "my-model")
     config = LlamaConfig(**TINY | GQA | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})
     LlamaForCausalLM(config).save_pretrained(folder / "my-model")
+    for name in ("sql-adapter", "poem-adapter"):
+        lorakit.save_adapter(lorakit.inject(LlamaForCausalLM(config), 2, 4), folder / name)
     pairs = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}<|im_end|>"} for n in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     asked, said = {"role": "user", "content": "2 plus 1?"}, {"role": "assistant", "content": "3"}
