@@ -11,7 +11,7 @@ from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
 from lorakit.merging.inspection import inspect_adapter
-from lorakit.models.inject import Count, adapters, count, inject
+from lorakit.models.inject import Count, adapters, count, inject, wrap
 from lorakit.models.load import load_model
 from lorakit.models.merge import folded, merge, remove
 from lorakit.models.peft_files import AdapterError
@@ -88,6 +88,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "using_adapters",
+    "wrap",
 ]
 
 

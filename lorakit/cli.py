@@ -187,6 +187,13 @@ def _exercises(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pair(text: str) -> tuple[str, int]:
+    name, _, rank = text.rpartition("=")
+    if not (name and rank.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected NAME=RANK, got {text!r}")
+    return name, int(rank)
+
+
 def _declare_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a name (smollm2, llama-2-7b, ...), a folder, a config.json or a hub id")
     parser.add_argument("--method", nargs="+", default=["full", "lora", "qlora"], metavar="METHOD",
@@ -194,6 +201,11 @@ def _declare_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
     parser.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME",
                         help="layers that get an adapter, by name (default: all-linear)")  # fmt: skip
+    parser.add_argument("--exclude-modules", nargs="+", default=[], metavar="NAME", help="layers that get none")
+    parser.add_argument("--layers-to-transform", nargs="+", type=int, default=[], metavar="N",
+                        help="numbers of the blocks that get adapters (default: all)")  # fmt: skip
+    parser.add_argument("--rank-pattern", nargs="+", type=_pair, default=[], metavar="NAME=RANK",
+                        help="other ranks for some layers, by name")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="of each sequence (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
@@ -219,6 +231,9 @@ def _budget(args: argparse.Namespace) -> int:
         **{"targets": args.targets[0] if len(args.targets) == 1 else args.targets},
         **{"batch_size": args.batch, "master_weights": args.master_weights},
     }
+    words = {name: getattr(args, name) for name in ("exclude_modules", "layers_to_transform", "rank_pattern")}
+    words["rank_pattern"] = dict(words["rank_pattern"])
+    settings["by_layer"] = {name: value for name, value in words.items() if value}
     budgets = [budget(args.model, method, **settings) for method in args.method]
     records = [asdict(each) | {"peak_bytes": each.peak_bytes} for each in budgets]
     print(json.dumps(records, indent=2) if args.json else table(budgets))

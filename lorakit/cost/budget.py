@@ -15,7 +15,7 @@ When you compare with a machine:
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,7 @@ def budget(
     master_weights: bool = False,
     double_quant: bool = True,
     attention: str | None = None,
+    by_layer: Mapping[str, Any] | None = None,
 ) -> Budget:
     """Counts what one training step of a model needs, without its weights; a 70B model takes seconds.
 
@@ -113,6 +114,8 @@ def budget(
             bytes a parameter under AdamW (Micikevicius et al. 2018, arXiv:1710.03740).
         double_quant: whether NF4's absmax values are stored in bytes.
         attention: transformers' `attn_implementation`, such as `"eager"`; None for its default.
+        by_layer: further settings of a `LoRAConfig` by their names: `rank_pattern`, `exclude_modules`,
+            `layers_to_transform`, `layers_pattern`.
 
     Raises:
         ValueError: a setting is unknown or out of range, or the step's shapes depend on values.
@@ -134,7 +137,7 @@ def budget(
         if METHODS[method]:
             quantize(network, METHODS[method], double_quant)
         if method != "full":
-            inject(network, rank, rank, targets, PlainLoRA)  # the scale does not matter here
+            inject(network, rank, rank, targets, PlainLoRA, **(by_layer or {}))  # the scale does not matter here
 
     kernel = {"attn_implementation": attention} if attention else {}
     step = rehearse(config, DTYPES[dtype], (batch_size, tokens), prepare, checkpointing, **kernel)
@@ -145,6 +148,7 @@ def budget(
             **{"model": name, "method": method, "rank": rank, "targets": targets, "dtype": dtype},
             **{"optimizer": optimizer, "batch_size": batch_size, "tokens": tokens, "checkpointing": checkpointing},
             **{"master_weights": master_weights, "double_quant": double_quant, "attention": attention},
+            **(by_layer or {}),
         },
         parameters=step.parameters,
         trained=sum(p.numel() for p in step.trained),

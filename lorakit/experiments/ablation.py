@@ -6,8 +6,8 @@ together: [rank, alpha, lr, seed]
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +31,7 @@ from lorakit.training.history import History
 from lorakit.training.optim import OPTIMIZERS
 
 # What the settings of one call share
+BY_LAYER = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern")
 COMMON = ("task", "n", "level", "version", "model", "steps", "batch_size", "weight_decay", "test", "tested", "answers")
 
 
@@ -61,6 +62,7 @@ class Setting:
         targets, scale_rule, dropout: as for `inject`; targets may be a list in a list of a grid.
         weight_decay: as for `fit`, with adamw.
         optimizer: one of `OPTIMIZERS`.
+        rank_pattern, alpha_pattern, exclude_modules, layers_to_transform, layers_pattern: as for a `LoRAConfig`.
     """
 
     task: str = "facts"
@@ -86,6 +88,11 @@ class Setting:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     loraplus_ratio: float = 1.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    exclude_modules: str | Sequence[str] = ()
+    layers_to_transform: Sequence[int] = ()
+    layers_pattern: str | Sequence[str] = ()
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -107,7 +114,8 @@ class Setting:
         """The adapter; None for full fine-tuning."""
         if not self.rank:
             return None
-        return LoRAConfig(self.rank, self.scale_alpha, self.dropout, self.scale_rule, self.targets)
+        words = {name: getattr(self, name) for name in BY_LAYER}
+        return LoRAConfig(self.rank, self.scale_alpha, self.dropout, self.scale_rule, self.targets, **words)
 
     @property
     def spec(self) -> Spec | None:

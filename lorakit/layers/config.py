@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Any
 
@@ -44,6 +44,10 @@ class LoRAConfig:
         settings: further keywords of that class, such as PiSSA's `start` or DoRA's `detach_norm`.
         rank_pattern: expression for a layer's name or its last parts -> its rank; the first that matches counts.
         alpha_pattern: the same for alpha.
+        exclude_modules: layers that get none although `targets` choose them: names, or an expression.
+        layers_to_transform: numbers of the blocks whose layers get an adapter, such as `[0, 1]`; none for all. A
+            layer that `targets` name in full is meant, whatever its block. A block's number is the first in a name.
+        layers_pattern: what stands before that number, such as "layers"; none for anything.
 
     Raises:
         ValueError: a setting is out of range, or the class does not know it.
@@ -58,6 +62,9 @@ class LoRAConfig:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    exclude_modules: str | Iterable[str] = ()
+    layers_to_transform: Iterable[int] = ()
+    layers_pattern: str | Iterable[str] = ()
 
     def __post_init__(self):
         if not isinstance(self.targets, str):
@@ -68,6 +75,9 @@ class LoRAConfig:
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"expected {name} as a dict, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dict(getattr(self, name)))
+        for name, read in READ.items():
+            value = _read(name, vars(self), read)
+            object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
         pairs = [(self.rank, self.alpha)]
         pairs += [(rank, self.alpha) for rank in self.rank_pattern.values()]
         pairs += [(self.rank, alpha) for alpha in self.alpha_pattern.values()]
@@ -85,7 +95,8 @@ class LoRAConfig:
             for name in self._keywords():
                 if name not in known:
                     who = getattr(self.layer, "__name__", "the layer")
-                    raise ValueError(f"expected a setting of {who}, {near_names(name, list(known)[3:])}")
+                    others = [each.name for each in fields(self)]
+                    raise ValueError(f"expected a setting of {who}, {near_names(name, [*list(known)[3:], *others])}")
 
     def _keywords(self) -> dict[str, Any]:
         """What the class is called with beside base, rank and alpha: only what is not its default anyway."""
@@ -95,6 +106,19 @@ class LoRAConfig:
     def at(self, name: str) -> tuple[int, float]:
         """Rank and alpha of the layer of that name."""
         return pattern_value(self.rank_pattern, name, self.rank), pattern_value(self.alpha_pattern, name, self.alpha)
+
+    def keeps(self, name: str) -> bool:
+        """Whether a layer that `targets` choose is neither excluded nor in a block that is left out."""
+        if self.exclude_modules and matches(_expression(self.exclude_modules), name):
+            return False
+        named = not isinstance(self.targets, str) and name in self.targets
+        return named or not self.layers_to_transform or self.block(name) in tuple(self.layers_to_transform)
+
+    def block(self, name: str) -> int | None:
+        """The number of the block that a layer is in, by `layers_pattern`; None if it is in none."""
+        starts = [rf"(?:|.*?\.){each}" for each in self.layers_pattern] or [r".*?\.[^.]*"]
+        found = next((match for start in starts if (match := _whole(rf"{start}\.(?P<block>\d+)\..*", name))), None)
+        return int(found["block"]) if found else None
 
     def make(self, name: str, base: nn.Module) -> nn.Module:
         """The adapter for one layer."""
@@ -113,10 +137,10 @@ class LoRAConfig:
             raise ValueError(
                 "expected scale_rule 'lora' or 'rslora' beside patterns, got another: PEFT has no such rule"
             )
-        targets = self.targets
-        if isinstance(targets, str) and targets != "all-linear":
-            whole = _between("^(?:", targets, ")")
-            targets = rf"(.*\.)?({targets})" if whole is None else whole
+        if self.layers_to_transform and isinstance(self.targets, str):
+            raise ValueError(
+                f"expected targets by name with layers_to_transform, got {self.targets!r}: PEFT reads no numbers there"
+            )
         return {
             "r": self.rank,
             "lora_alpha": self.alpha
@@ -124,16 +148,17 @@ class LoRAConfig:
             else self.rank * checked_scale(self.rank, self.alpha, 0.0, self.scale_rule),
             "lora_dropout": self.dropout,
             "use_rslora": rule == "rslora",
-            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "target_modules": _whole_names(self.targets) if self.targets != "all-linear" else self.targets,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
+            "exclude_modules": _whole_names(self.exclude_modules) or None,
+            "layers_to_transform": list(self.layers_to_transform) or None,
+            "layers_pattern": list(self.layers_pattern) or None,
         } | _method_to_peft(self.layer, self.settings)
 
     @classmethod
     def from_peft(cls, config: Any) -> "LoRAConfig":
         """What a `peft.LoraConfig`, or its dict, means: plain LoRA, rsLoRA, DoRA, PiSSA or OLoRA.
-
-        Layers by index and exclusions become one regular expression in `targets`.
 
         Raises:
             ValueError: it is another method, has a setting that is not read here, or one that is out of range.
@@ -152,6 +177,9 @@ class LoRAConfig:
             dropout=_read("lora_dropout", config, lambda value: _number(0.0 if value is None else value)),
             scale_rule="rslora" if _read("use_rslora", config, _flag) else "lora",
             targets=_targets_from_peft(config),
+            exclude_modules=_last_parts(_read("exclude_modules", config, _names)),
+            layers_to_transform=_layers_from_peft(config),
+            layers_pattern=_read("layers_pattern", config, READ["layers_pattern"]),
             layer=layer,
             settings=settings,
             rank_pattern=_read("rank_pattern", config, lambda value: _each(_integer, value)),
@@ -164,15 +192,20 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
     return next((value for key, value in (patterns or {}).items() if matches(key, name)), default)
 
 
-@lru_cache(maxsize=100_000)
 def matches(expression: str, name: str) -> bool:
     """True if a regular expression is that of a layer's full name or of its last parts.
 
     Raises:
         ValueError: it is none, or one such as `(a|aa)*[!?]`, which takes longer with every letter than anybody waits.
     """
+    return _whole(_ending(expression), name) is not None
+
+
+@lru_cache(maxsize=100_000)
+def _whole(expression: str, name: str) -> regex.Match | None:
+    """The match of an expression with all of a name."""
     try:
-        return regex.fullmatch(_ending(_compiled(expression)), name, timeout=SECONDS) is not None
+        return regex.fullmatch(_compiled(expression), name, timeout=SECONDS)
     except TimeoutError:
         raise ValueError(
             f"expected an expression that is quick to match, got {_short(expression)} for {name!r}"
@@ -217,26 +250,26 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     targets = _read("target_modules", config, _names)
     if not targets:
         raise ValueError(f"expected a valid target_modules, got {_short(targets)}")
-    excluded = _read("exclude_modules", config, _names)
-    indices = _read("layers_to_transform", config, lambda value: _list(_integer, value))
-    if isinstance(targets, str):
-        if not excluded:
-            inner = _between(r"(.*\.)?(", targets, ")")
-            return targets if targets == "all-linear" else inner or f"^(?:{targets})"
-        if targets == "all-linear":
-            raise ValueError("expected targets by name beside exclude_modules, got 'all-linear'")
-        indices = []  # PEFT does not look at them either
-    elif not (excluded or indices):
-        return targets
-    ahead = rf"(?!(?:{_expression(excluded)})\Z)" if excluded else ""
-    chosen = _expression(targets)
-    if indices:
-        lists = _read("layers_pattern", config, lambda value: _list(_compiled, value))
-        starts = "|".join(rf"(?:|.*?\.){each}\." for each in lists) or r".*?\.[^.]*\."
-        at = rf"(?>(?:{starts})(?=\d+\.))(?:{'|'.join(map(str, indices))})\."  # the first number in a name counts
-        whole = "|".join(map(re.escape, targets))  # a layer that is named in full is meant, whatever its number
-        chosen = f"{whole}|(?={at}){chosen}"
-    return _compiled(f"^{ahead}(?:{chosen})")
+    return targets if targets == "all-linear" else _last_parts(targets)
+
+
+def _layers_from_peft(config: Mapping[str, Any]) -> list[int]:
+    """Which blocks; PEFT does not look at them where targets are an expression."""
+    numbers = _read("layers_to_transform", config, READ["layers_to_transform"])
+    return [] if isinstance(config["target_modules"], str) else numbers
+
+
+def _last_parts(names: str | list[str]) -> str | list[str]:
+    """PEFT's expression, which is for whole names, as one that might also be for their last parts; lists are alike."""
+    return (_between(r"(.*\.)?(", names, ")") or f"^(?:{names})") if names and isinstance(names, str) else names
+
+
+def _whole_names(names: str | Iterable[str]) -> str | list[str]:
+    """The other way round."""
+    if not isinstance(names, str):
+        return list(names)
+    whole = _between("^(?:", names, ")")
+    return rf"(.*\.)?({names})" if whole is None else whole
 
 
 def _integer(value: Any) -> int:
@@ -281,6 +314,13 @@ def _names(value: Any) -> str | list[str]:
     return _compiled(value) if isinstance(value, str) else _list(_text, value)
 
 
+READ: dict[str, Callable[[Any], Any]] = {  # how some settings are read, from PEFT or from somebody who types them
+    "exclude_modules": _names,
+    "layers_to_transform": lambda value: _list(_integer, value),
+    "layers_pattern": lambda value: _list(_compiled, value),
+}
+
+
 def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
     value = config.get(key)
     try:
@@ -289,9 +329,9 @@ def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> An
         raise ValueError(f"expected a valid {key}, got {_short(value)}") from None
 
 
-def _expression(targets: str | list[str]) -> str:
-    """A regular expression for whole names: what PEFT's list of names means, or the one that it has."""
-    return targets if isinstance(targets, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
+def _expression(targets: str | Iterable[str]) -> str:
+    """A regular expression for a name or its last parts: what a list of names means, or the one that there is."""
+    return targets if isinstance(targets, str) else "|".join(map(re.escape, targets))
 
 
 def _compiled(expression: str) -> str:

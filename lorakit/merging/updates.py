@@ -152,7 +152,7 @@ def _pairs(header: dict[str, Tensor], config: LoRAConfig) -> dict[str, tuple[str
             raise AdapterError(
                 f"expected lora_A and lora_B of layer {name!r}, got {', '.join(map(repr, parts.values()))}"
             )
-        if not is_target(name, config.targets):
+        if not (is_target(name, config.targets) and config.keeps(name)):
             raise AdapterError(f"expected layers that target_modules names, got {name!r}")
         rank, (A, B) = config.at(name)[0], (header[parts[part]].shape for part in FACTORS)
         if len(A) != 2 or len(B) != 2 or A[0] != rank or B[1] != rank or not A[1] * B[0]:

@@ -11,9 +11,12 @@ from torch import nn
 from lorakit._random import alone
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
-from lorakit.models.targets import find_targets, named_modules
+from lorakit.models.targets import chosen_layers, named_modules
 
-FIELDS = ("dropout", "scale_rule", "rank_pattern", "alpha_pattern")  # of a LoRAConfig, by their names in `inject`
+FIELDS = (  # of a LoRAConfig, by their names in `inject`
+    *("dropout", "scale_rule", "rank_pattern", "alpha_pattern"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ def shared_weights(model: nn.Module) -> set[int]:
 def check_plain(model: nn.Module) -> None:
     """Refuses a model that carries an adapter, lorakit's or PEFT's."""
     if adapters(model):
-        raise ValueError("expected a plain model, got one with adapters: call merge() or remove() first")
+        raise ValueError(
+            "expected a plain model, got one with adapters: remove() takes them out, such as for another rank, "
+            "and merge() puts what they have learned into the weights"
+        )
     if hasattr(model, "peft_config") or any(name.endswith("lora_A") for name, _ in model.named_modules()):
         raise ValueError("expected a plain model, got one that PEFT has adapted: call its unload() first")
 
@@ -160,7 +166,8 @@ def inject(
         alpha: numerator of the scale.
         targets: which layers, as in `find_targets`.
         layer: the adapter's class, called as `layer(base, rank, alpha, **settings)`.
-        settings: for LoRALinear `dropout` and `scale_rule`, and what other classes have more.
+        settings: more of a `LoRAConfig`, such as `dropout`, `scale_rule`, `rank_pattern`, `exclude_modules` and
+            `layers_to_transform`; and what other classes have more.
 
     Returns:
         the same model; `count` says how many of its parameters train.
@@ -179,6 +186,6 @@ def inject(
     else:
         config = rank
     check_plain(model)
-    names = find_targets(model, config.targets)
+    names = chosen_layers(model, config)
     with alone:  # another thread's training has the random state while it draws
         return wrap(model, names, config.make)

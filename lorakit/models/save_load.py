@@ -222,7 +222,7 @@ def _by_layer(
             f"expected layers of this model, got {foreign[0]!r} ({len(foreign)} unknown): another model's file?"
         )
     try:
-        expected = {name for name in bases if is_target(name, config.targets)}
+        expected = {name for name in bases if is_target(name, config.targets) and config.keeps(name)}
         ranks = {name: config.at(name)[0] for name in found}
     except ValueError as error:  # an expression that nobody can wait for
         raise AdapterError(str(error)) from None

@@ -1,5 +1,6 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from lorakit._suggest import near_names
 from lorakit.layers.bases import is_conv1d, linear_shape
-from lorakit.layers.config import matches
+from lorakit.layers.config import LoRAConfig, matches
 from lorakit.layers.trial import check_linear
 
 HEAD_NAMES = ("score", "classifier")  # a classifier's output layer, as transformers names it
@@ -130,6 +131,38 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
             raise ValueError(_no_match(model, target, layers))
     named = {name for names in found.values() for name in names}
     return [name for name in layers if name in named]
+
+
+def chosen_layers(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the layers that a config gives an adapter, in the model's order.
+
+    Raises:
+        ValueError: as `find_targets`; a name or a number to exclude or to keep is none of the model's; or nothing is
+            left.
+    """
+    chosen = find_targets(model, config.targets)
+    if not isinstance(config.exclude_modules, str):
+        known = [name for name, _ in named_modules(model)]
+        for target in config.exclude_modules:
+            if not any(is_named(name, target) for name in known):
+                last = dict.fromkeys(name.rsplit(".", 1)[-1] for name in chosen)
+                raise ValueError(f"expected exclude_modules that match a layer, {near_names(target, last)}")
+    blocks = {config.block(name) for name in chosen}
+    if strange := [number for number in config.layers_to_transform if number not in blocks]:
+        numbers = sorted(number for number in blocks if number is not None)
+        raise ValueError(f"expected layers_to_transform in {numbers}, got {strange[0]}")
+    kept = [name for name in chosen if config.keeps(name)]
+    if not kept:
+        raise ValueError(f"expected layers that are not excluded, got none of {', '.join(chosen[:3])} and the like")
+    heads = output_heads(model)
+    if isinstance(config.targets, str):
+        for name in [name for name in kept if any(model.get_submodule(name) is head for head in heads)]:
+            if name.rsplit(".", 1)[-1] not in config.targets:
+                warnings.warn(
+                    f"{config.targets!r} chooses the output head, too: exclude_modules={[name]} leaves it out",
+                    stacklevel=3,
+                )
+    return kept
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:

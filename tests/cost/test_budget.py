@@ -424,6 +424,22 @@ def test_the_command_prints_a_column_for_each_method(capfd):
     assert [line.split()[-2] for line in text.splitlines()[2:4]] == [f"{lora.parameters:,}", f"{lora.trained:,}"]
     assert str(lora) == lora.table() == table([lora])
     assert [line[25:42] for line in str(lora).splitlines()[2:]] == [line[42:59] for line in text.splitlines()[2:]]
+    words = [
+        "--exclude-modules",
+        "up_proj",
+        "--layers-to-transform",
+        "1",
+        "--rank-pattern",
+        "q_proj=5",
+        "--method",
+        "lora",
+    ]
+    assert cli.main(["budget", "tiny", "--tokens", "8", *words, "--json"]) == 0
+    (record,) = json.loads(capfd.readouterr().out)
+    by_layer = {"exclude_modules": ["up_proj"], "layers_to_transform": [1], "rank_pattern": {"q_proj": 5}}
+    model = lorakit.load_model("tiny")[0]
+    assert record["trained"] == lorakit.count(lorakit.inject(model, 16, 32, **by_layer)).trainable
+    assert {name: record["settings"][name] for name in by_layer} == by_layer
     arguments = [
         "--method",
         "lora",

@@ -210,6 +210,16 @@ def test_a_sweep_of_runs_and_a_plan(tmp_path):
     assert len(plan.settings) == 2
 
 
+def test_a_plan_has_the_words_of_a_config(tmp_path):
+    words = {"rank_pattern": {"q_proj": 1}, "exclude_modules": ["down_proj"], "layers_to_transform": [0]}
+    grid = SHORT | {"steps": 2, "seed": [0, 1], **{name: [value] for name, value in words.items()}}
+    frame = sweep(ablation.runs, grid, tmp_path, together=["seed"], show=False)
+    model = load_model("tiny")[0]
+    setting = ablation.Setting(**SHORT)
+    assert list(frame.error) == ["", ""]
+    assert set(frame.trainable) == {count(inject(model, setting.rank, 1, **words)).trainable}
+
+
 def test_one_that_diverges_does_not_take_the_others_with_it(tmp_path):
     grid = SHORT | {"lr": [1e-3, 1e30], "steps": 8}
     frame = sweep(ablation.runs, grid, tmp_path, together=["lr"], show=False).set_index("lr")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -12,7 +13,17 @@ from helpers.architectures import build
 from helpers.parity import peft_model
 from torch import nn
 
-from lorakit import DoRALinear, LoRAConfig, LoRALinear, PiSSALinear, adapters, inject, olora_start, pissa_start
+from lorakit import (
+    DoRALinear,
+    LoRAConfig,
+    LoRALinear,
+    PiSSALinear,
+    adapters,
+    find_targets,
+    inject,
+    olora_start,
+    pissa_start,
+)
 from lorakit.layers.config import PLAIN
 
 
@@ -74,6 +85,9 @@ BAD = {
     "rank by layer": ({"rank_pattern": {"q_proj": 0}}, "rank as an integer >= 1"),
     "alpha by layer": ({"alpha_pattern": {"q_proj": float("inf")}}, "finite scale"),
     "a broken pattern": ({"rank_pattern": {"q_proj(": 2}}, "regular expression"),
+    "a broken exclusion": ({"exclude_modules": "q_proj("}, "valid exclude_modules"),
+    "a truth for a block": ({"layers_to_transform": [True]}, "valid layers_to_transform"),
+    "a near name": ({"settings": {"exclude": ["q_proj"]}}, "near: .*exclude_modules"),
     "the rule's old name": ({"settings": {"scaling": "rslora"}}, "setting of LoRALinear, got 'scaling'; .*scale_rule"),
     "a setting of another": ({"settings": {"start": olora_start}, "layer": DoRALinear}, "DoRALinear, got 'start'"),
     "of a reader's own": ({"layer": Further, "settings": {"bonos": 2.0}}, "Further, got 'bonos'; near: bonus"),
@@ -116,6 +130,10 @@ PEFTS = {
     "pissa": LoRAConfig(4, 8, layer=PiSSALinear),
     "olora": LoRAConfig(4, 8, layer=PiSSALinear, settings={"start": olora_start}),
     "patterns": LoRAConfig(4, 8, rank_pattern={r"layers\.0\..*": 2}, alpha_pattern={"q_proj": 5.0}),
+    "excluded": LoRAConfig(4, 8, exclude_modules=["down_proj", "layers.0.self_attn.q_proj"]),
+    "excluded expression": LoRAConfig(4, 8, exclude_modules=r"layers\.0\..*|up_proj", targets=".*_proj"),
+    "layers": LoRAConfig(4, 8, targets=["q_proj", "up_proj"], layers_to_transform=[1]),
+    "layers by pattern": LoRAConfig(4, 8, targets=["q_proj"], layers_to_transform=[0, 1], layers_pattern="layers"),
 }
 
 
@@ -157,6 +175,7 @@ CHOICES = {
     "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
     "two patterns": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
     "whole names alone": {"target_modules": r"model\.layers\.0\..*q_proj"},
+    "all but some": {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
     "excluded from an expression": {"target_modules": r".*(q|v)_proj", "exclude_modules": ["v_proj"]},
 }
 
@@ -166,6 +185,42 @@ def test_layers_by_index_and_exclusions_choose_what_peft_chooses(case):
     theirs = peft_model(build("llama"), r=4, lora_alpha=8, **CHOICES[case])
     config = LoRAConfig.from_peft(theirs.peft_config["default"])
     assert set(adapters(inject(build("llama"), config))) == set(theirs.targeted_module_names)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*(q|v)_proj"])
+def test_layers_by_index_go_with_any_targets(targets):
+    chosen = find_targets(build("llama"), targets)
+    found = adapters(inject(build("llama"), 4, 8, targets, layers_to_transform=[1], exclude_modules=["v_proj"]))
+    assert list(found) == [name for name in chosen if ".1." in name and "v_proj" not in name]
+    with pytest.raises(ValueError, match="targets by name with layers_to_transform"):
+        LoRAConfig(4, 8, targets=targets, layers_to_transform=[1]).to_peft()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"exclude_modules": ["down_prj"]}, "exclude_modules that match a layer, got 'down_prj'; near: down_proj"),
+        ({"layers_to_transform": [0, 2]}, r"layers_to_transform in \[0, 1\], got 2"),
+        ({"exclude_modules": ".*"}, "layers that are not excluded, got none of model.layers.0"),
+        ({"exclude": ["q_proj"]}, "a setting of LoRALinear, got 'exclude'; near: exclude_modules"),
+    ],
+)
+def test_what_would_choose_otherwise_than_meant_is_refused(settings, words):
+    model = build("llama")
+    with pytest.raises(ValueError, match=words):
+        inject(model, 4, 8, **settings)
+    assert not adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_expression_that_takes_the_output_head_by_the_way_says_so():
+    with pytest.warns(UserWarning, match=r"chooses the output head, too: exclude_modules=\['lm_head'\]"):
+        inject(build("llama"), 4, 8, r"(?!.*down_proj).*")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(build("llama"), 4, 8, r"(?!.*down_proj).*", exclude_modules=["lm_head"])
+        inject(build("llama"), 4, 8, r"lm_head|q_proj")
+        inject(build("llama"), 4, 8, ["lm_head"])
 
 
 def test_the_first_number_in_a_name_is_the_layers():
@@ -185,7 +240,6 @@ REFUSED = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "got modules_to_save"),
     "another start": ({"init_lora_weights": "gaussian"}, "init_lora_weights = 'gaussian'"),
     "a random B": ({"init_lora_weights": False}, "init_lora_weights = False"),
-    "all but some": ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, "targets by name"),
     "no targets": ({"target_modules": None}, "valid target_modules"),
     "a rank as text": ({"r": "4"}, "valid r, got '4'"),
     "a broken expression": ({"target_modules": "q_proj("}, "target_modules"),
