@@ -7,6 +7,7 @@ from lorakit.cost.budget import Budget, budget
 from lorakit.layers.bnb import prevent_repacking
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.dora import DoRALinear
+from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
@@ -48,6 +49,7 @@ __all__ = [
     "Fitted",
     "History",
     "LoRAConfig",
+    "LoRAExperts",
     "LoRALinear",
     "NF4Linear",
     "PiSSALinear",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lorakit._numbers import check_integer
 from lorakit._suggest import near_names
 from lorakit.cost.configs import find_config
-from lorakit.cost.fake_step import PlainLoRA, quantize, rehearse
+from lorakit.cost.fake_step import compute_formulas, quantize, rehearse
 from lorakit.models.inject import inject
 
 METHODS = {"full": 0, "lora": 0, "lora-8bit": 8, "qlora": 4}  # bits of a frozen linear layer's weight; 0: as they are
@@ -137,7 +137,8 @@ def budget(
         if METHODS[method]:
             quantize(network, METHODS[method], double_quant)
         if method != "full":
-            inject(network, rank, rank, targets, PlainLoRA, **(by_layer or {}))  # the scale does not matter here
+            # the scale does not matter here
+            compute_formulas(inject(network, rank, rank, targets, **(by_layer or {})))
 
     kernel = {"attn_implementation": attention} if attention else {}
     step = rehearse(config, DTYPES[dtype], (batch_size, tokens), prepare, checkpointing, **kernel)

@@ -21,14 +21,15 @@ from lorakit.layers.bases import linear_shape
 from lorakit.layers.fused import frozen_linear
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
-from lorakit.models.inject import count, replace
+from lorakit.models.inject import adapters, count, replace
 from lorakit.models.targets import find_targets
 
 
-class PlainLoRA(LoRALinear):
-    """A LoRALinear that computes its formula in plain operations, as most code does."""
-
-    forward = LoRALinear.formula
+def compute_formulas(model: nn.Module) -> None:
+    """Lets every LoRALinear compute its formula in plain operations, as most code does."""
+    for layer in adapters(model).values():
+        if isinstance(layer, LoRALinear):
+            vars(layer)["forward"] = layer.formula
 
 
 class Stored(nn.Module):

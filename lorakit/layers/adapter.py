@@ -61,6 +61,11 @@ class Adapter(Protocol):
         ...
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """True for a module that wraps a `base` and can return it `merged()`: LoRALinear, or a reader's own layer."""
+    return isinstance(getattr(module, "base", None), nn.Module) and callable(getattr(module, "merged", None))
+
+
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of an adapter that are not its base's."""
     return {name: p for name, p in layer.named_parameters() if not name.startswith("base.")}

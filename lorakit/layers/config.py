@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Any
@@ -11,7 +11,9 @@ import regex
 from torch import nn
 
 from lorakit._suggest import near_names
+from lorakit.layers.bases import is_conv1d, is_known
 from lorakit.layers.dora import DoRALinear
+from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear, ScaleRule, checked_scale
 from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
 
@@ -21,7 +23,7 @@ PLAIN = {
     *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying"),
+    *("runtime_config", "ensure_weight_tying", "target_parameters"),
 }
 SECONDS = 0.02  # of the processor, for matching one name: others than those that never end take microseconds
 
@@ -48,6 +50,10 @@ class LoRAConfig:
         layers_to_transform: numbers of the blocks whose layers get an adapter, such as `[0, 1]`; none for all. A
             layer that `targets` name in full is meant, whatever its block. A block's number is the first in a name.
         layers_pattern: what stands before that number, such as "layers"; none for anything.
+        target_parameters: names of parameters that are no layer's weight, such as `"experts.gate_up_proj"`, each in
+            full or its last parts; None for none, but beside `"all-linear"` for all experts. PEFT's own "all-linear"
+            differs for experts: where it knows the architecture (Mixtral, Qwen-MoE and their like) it adapts routers
+            too, gives `gate_up_proj` twice the rank, and passes over shared experts; elsewhere it leaves experts out.
 
     Raises:
         ValueError: a setting is out of range, or the class does not know it.
@@ -65,8 +71,11 @@ class LoRAConfig:
     exclude_modules: str | Iterable[str] = ()
     layers_to_transform: Iterable[int] = ()
     layers_pattern: str | Iterable[str] = ()
+    target_parameters: Iterable[str] | None = None
 
     def __post_init__(self):
+        parameters = _read("target_parameters", {"target_parameters": self.target_parameters}, _parameters)
+        object.__setattr__(self, "target_parameters", parameters)
         if not isinstance(self.targets, str):
             if not isinstance(self.targets, Iterable):
                 raise ValueError(f"expected targets as names or one regular expression, got {self.targets!r}")
@@ -120,9 +129,19 @@ class LoRAConfig:
         found = next((match for start in starts if (match := _whole(rf"{start}\.(?P<block>\d+)\..*", name))), None)
         return int(found["block"]) if found else None
 
-    def make(self, name: str, base: nn.Module) -> nn.Module:
-        """The adapter for one layer."""
-        return self.layer(base, *self.at(name), **self._keywords())
+    def make(self, name: str, base: nn.Module, parameters: Sequence[str] = ()) -> nn.Module:
+        """The adapter for one layer, or for these parameters of a module."""
+        if not parameters:
+            return self.layer(base, *self.at(name), **self._keywords())
+        if names_a_layer(base, parameters):
+            return self.layer(base, *self.at(f"{name}.weight"), **self._keywords())
+        if self.layer is not LoRALinear or self.dropout or self.settings:
+            who = f"{getattr(self.layer, '__name__', self.layer)} with {self._keywords()}"
+            raise ValueError(
+                f"expected plain LoRA without dropout for parameters such as experts', got {who}: "
+                "target_parameters=[] leaves them out"
+            )
+        return LoRAExperts(base, {key: self.at(f"{name}.{key}") for key in parameters}, self.scale_rule)
 
     def to_peft(self) -> dict[str, Any]:
         """The keywords of the `peft.LoraConfig` that means the same: `peft.LoraConfig(**config.to_peft())`.
@@ -154,6 +173,7 @@ class LoRAConfig:
             "exclude_modules": _whole_names(self.exclude_modules) or None,
             "layers_to_transform": list(self.layers_to_transform) or None,
             "layers_pattern": list(self.layers_pattern) or None,
+            "target_parameters": None if self.target_parameters is None else list(self.target_parameters),
         } | _method_to_peft(self.layer, self.settings)
 
     @classmethod
@@ -184,7 +204,13 @@ class LoRAConfig:
             settings=settings,
             rank_pattern=_read("rank_pattern", config, lambda value: _each(_integer, value)),
             alpha_pattern=_read("alpha_pattern", config, lambda value: _each(_number, value)),
+            target_parameters=_read("target_parameters", config, _parameters),
         )
+
+
+def names_a_layer(base: nn.Module, parameters: Sequence[str]) -> bool:
+    """True if the parameters are a linear layer's weight, so that the layer itself is meant."""
+    return tuple(parameters) == ("weight",) and is_known(base) and not is_conv1d(base)
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -249,6 +275,8 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     """`find_targets`' way to say which layers a config adapts (PEFT's `check_target_module_exists`)."""
     targets = _read("target_modules", config, _names)
     if not targets:
+        if config.get("target_parameters"):
+            return []
         raise ValueError(f"expected a valid target_modules, got {_short(targets)}")
     return targets if targets == "all-linear" else _last_parts(targets)
 
@@ -256,7 +284,7 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
 def _layers_from_peft(config: Mapping[str, Any]) -> list[int]:
     """Which blocks; PEFT does not look at them where targets are an expression."""
     numbers = _read("layers_to_transform", config, READ["layers_to_transform"])
-    return [] if isinstance(config["target_modules"], str) else numbers
+    return [] if isinstance(config.get("target_modules"), str) else numbers
 
 
 def _last_parts(names: str | list[str]) -> str | list[str]:
@@ -307,6 +335,15 @@ def _list(read: Callable[[Any], Any], value: Any) -> list[Any]:
     values = sorted(value) if isinstance(value, set | frozenset) else value
     many = values if isinstance(values, list | tuple) else [] if values is None else [values]
     return [read(each) for each in many]
+
+
+def _parameters(value: Any) -> tuple[str, ...] | None:
+    """Parameters' names, each once; a single one is no list of letters."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError(value)
+    return tuple(dict.fromkeys(_list(_text, value if isinstance(value, set | frozenset) else list(value))))
 
 
 def _names(value: Any) -> str | list[str]:

@@ -48,7 +48,8 @@ class ReadWeight(Tensor):
     def of(cls, stored: Tensor, value: Callable[[], Tensor]) -> Tensor:
         """A description of `stored` that stands for `value()`."""
         stored = stored.stored if isinstance(stored, cls) else stored.detach()
-        read: Any = stored.as_subclass(cls)
+        where = {"dtype": stored.dtype, "device": stored.device, "layout": stored.layout}
+        read: Any = Tensor._make_wrapper_subclass(cls, stored.shape, strides=stored.stride(), **where)  # type: ignore
         read.stored, read.value = stored, value
         return read
 
@@ -56,8 +57,13 @@ class ReadWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         getter = getattr(func, "__self__", None) if func.__name__ == "__get__" else None
         if getter.__name__ in ATTRIBUTES if getter is not None else func.__name__ in METHODS:
-            return super().__torch_function__(func, types, args, kwargs)
+            args, kwargs = tree_map_only(cls, lambda read: read.stored, (args, kwargs or {}))
+            return func(*args, **kwargs)
         if func.__name__.endswith("_") and not func.__name__.endswith("__"):
             raise ValueError("expected a frozen weight to be left alone, got it changed in place: change the base's")
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         args, kwargs = tree_map_only(cls, lambda read: read.value(), (args, kwargs or {}))
         return func(*args, **kwargs)

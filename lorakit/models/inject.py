@@ -9,12 +9,13 @@ from typing import Any, cast
 from torch import nn
 
 from lorakit._random import alone
+from lorakit.layers.adapter import is_adapter
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.targets import chosen_layers, named_modules
 
 FIELDS = (  # of a LoRAConfig, by their names in `inject`
-    *("dropout", "scale_rule", "rank_pattern", "alpha_pattern"),
+    *("dropout", "scale_rule", "rank_pattern", "alpha_pattern", "target_parameters"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
 )
 
@@ -46,11 +47,6 @@ def count(model: nn.Module) -> Count:
     check_module(model)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Count(sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes))
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """True for a module that wraps a `base` and can return it `merged()`: LoRALinear, or a reader's own layer."""
-    return isinstance(getattr(module, "base", None), nn.Module) and callable(getattr(module, "merged", None))
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -166,8 +162,8 @@ def inject(
         alpha: numerator of the scale.
         targets: which layers, as in `find_targets`.
         layer: the adapter's class, called as `layer(base, rank, alpha, **settings)`.
-        settings: more of a `LoRAConfig`, such as `dropout`, `scale_rule`, `rank_pattern`, `exclude_modules` and
-            `layers_to_transform`; and what other classes have more.
+        settings: more of a `LoRAConfig`, such as `dropout`, `scale_rule`, `rank_pattern`, `exclude_modules`,
+            `layers_to_transform` and `target_parameters`; and what other classes have more.
 
     Returns:
         the same model; `count` says how many of its parameters train.
@@ -186,6 +182,6 @@ def inject(
     else:
         config = rank
     check_plain(model)
-    names = chosen_layers(model, config)
+    chosen = chosen_layers(model, config)
     with alone:  # another thread's training has the random state while it draws
-        return wrap(model, names, config.make)
+        return wrap(model, chosen, lambda name, base: config.make(name, base, chosen[name]))

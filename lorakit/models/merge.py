@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import has_float_weight, is_conv1d, is_plain, storage_of, weight_of
+from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
 from lorakit.models.inject import adapters, named, places, shared_weights
 
@@ -23,7 +24,7 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: the model carries no adapter, or a base is quantised. The model is then as it was.
     """
     found = _adapted(model)
-    tied = shared_weights(model) & {id(getattr(layer.base, "weight", None)) for layer in found.values()}
+    tied = shared_weights(model) & {id(weight) for layer in found.values() for weight in adapted_weights(layer)}
     _unwrap(model, lambda layer: layer.merged())
     if tied:
         _untie(model)
@@ -57,9 +58,9 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
     found = _adapted(model)
     shared = shared_weights(model)
     for name, layer in found.items():
-        if not has_float_weight(layer.base):
+        if hasattr(layer.base, "out_features") and not has_float_weight(layer.base):
             raise ValueError(f"expected an adapter on a floating-point weight, got {storage_of(layer.base)} at {name}")
-        if id(weight_of(layer.base)) in shared:
+        if any(id(weight) in shared for weight in adapted_weights(layer)):
             raise ValueError(f"expected weights of their own, but that of {name} is shared: use merge()")
         if not all(p.isfinite().all() for p in own_parameters(layer).values() if p.is_floating_point()):
             raise ValueError(f"expected finite adapters, got NaN or infinity in that of {name}")
@@ -90,6 +91,13 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
     if not found:
         raise ValueError("expected a model with adapters, got a plain one")
     return found
+
+
+def adapted_weights(layer: Any) -> list[Tensor]:
+    """The base's parameters that an adapter changes."""
+    if isinstance(layer, LoRAExperts):
+        return [layer.base.get_parameter(name) for name in layer.settings]
+    return [weight for weight in [getattr(layer.base, "weight", None)] if weight is not None]
 
 
 def _can_be_undone(layer: Any) -> TypeGuard[LoRALinear]:

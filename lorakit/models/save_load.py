@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.adapter import Adapter, own_parameters
+from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import has_float_weight, is_conv1d, linear_shape
-from lorakit.layers.config import PLAIN, LoRAConfig
+from lorakit.layers.config import PLAIN, LoRAConfig, names_a_layer
+from lorakit.layers.experts import LoRAExperts, peft_shapes
 from lorakit.layers.lora import checked_scale, scale_of
+from lorakit.models.expert_files import in_module, named_by_weight, settings_of, short_names
 from lorakit.models.inject import adapters, grads_kept, is_adapter, wrap
 from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter, write_adapter
-from lorakit.models.targets import WRAPPERS, is_target, linear_layers, named_modules, unwrapped
+from lorakit.models.targets import (
+    WRAPPERS,
+    find_parameters,
+    is_target,
+    linear_layers,
+    named_modules,
+    plain_modules,
+    unwrapped,
+)
 
 PREFIX = "base_model.model."  # PEFT's wrapper and the model inside it
 BY_LAYER = ("r", "lora_alpha", "use_rslora", "lora_dropout")  # settings that may differ between a file's layers
@@ -64,7 +74,8 @@ def as_file(model: nn.Module, layers: Mapping[str, Any] | None = None) -> tuple[
         raise ValueError("expected a model with adapters, got a plain one")
     config, tensors = _config(model, layers), {}
     for name, layer in layers.items():
-        wanted = _factor_shapes(layer.peft_settings()["r"], layer.base)
+        ranks = {key.removeprefix(f"{name}."): each["r"] for key, each in settings_of(name, layer).items()}
+        wanted = _factor_shapes(layer.base, ranks, isinstance(layer, LoRAExperts))
         for part, tensor in layer.peft_tensors().items():
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's, of all processes
             _check_shape(whole, wanted.get(part, tuple(whole.shape)), part, name)
@@ -117,20 +128,23 @@ def read_layers(
         present: the model's adapters, which get all values or none; without them, new ones are made.
     """
     present = present or {}
-    kinds = {"LORA", *(_settings(each, name)["peft_type"] for name, each in present.items())}
+    kinds = {"LORA", *(own["peft_type"] for each in present.items() for own in settings_of(*each).values())}
     frozen = _base_tensors(model, bases)
     layers: dict[str, Any] = dict(present)
     keys: dict[str, dict[str, str]] = {}  # layer -> what follows its name in the file -> the whole name there
 
     def check(header: dict[str, Tensor], file: dict[str, Any]) -> None:
         config = as_config(file, layer)
-        keys.update(_by_layer(header, file, config, bases, frozen))
+        parameters = _parameters(model, config)
+        bases.update({name: module for name, module in plain_modules(model) if name in parameters})
+        keys.update(_by_layer(header, file, config, bases, parameters, frozen))
         if left := sorted(present.keys() - keys.keys()):
             raise AdapterError(f"expected a file for all adapters of the model, got none for {left[0]!r}")
         for name, parts in keys.items():
+            chosen = _chosen(name, config, parameters)
             if not present:
-                layers[name] = _made(config, name, bases[name])
-            _check(layers[name], name, {part: header[key] for part, key in parts.items()}, file, config)
+                layers[name] = _made(config, name, bases[name], chosen)
+            _check(layers[name], name, {part: header[key] for part, key in parts.items()}, file, config, chosen)
 
     if isinstance(source, Path):
         tensors, _ = read_adapter(source, kinds if layer is None else None, check)
@@ -144,9 +158,25 @@ def read_layers(
     return layers
 
 
-def _made(config: LoRAConfig, name: str, base: nn.Module) -> nn.Module:
+def _parameters(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
+    """The parameters that the settings name and that are no linear layer's weight, by the name of their module."""
     try:
-        return config.make(name, base)
+        found = find_parameters(model, config.target_parameters or ())
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    modules = dict(plain_modules(model))
+    return {name: own for name, own in found.items() if not names_a_layer(modules[name], own)}
+
+
+def _chosen(name: str, config: LoRAConfig, parameters: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The parameters by which the settings name a module; a linear layer may be named by its weight."""
+    by_weight = config.target_parameters and is_target(f"{name}.weight", config.target_parameters)
+    return parameters.get(name) or (("weight",) if by_weight else ())
+
+
+def _made(config: LoRAConfig, name: str, base: nn.Module, parameters: tuple[str, ...]) -> nn.Module:
+    try:
+        return config.make(name, base, parameters)
     except ValueError:
         raise
     except (TypeError, RuntimeError, OverflowError, MemoryError) as error:  # of a reader's own class
@@ -155,20 +185,22 @@ def _made(config: LoRAConfig, name: str, base: nn.Module) -> nn.Module:
         ) from error
 
 
-def _settings(layer: Any, name: str) -> dict[str, Any]:
-    if not isinstance(layer, Adapter):
-        raise ValueError(f"expected a layer with peft_settings() and the like, got {type(layer).__name__} for {name!r}")
-    return layer.peft_settings()
-
-
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter_config.json of a model: the commonest rank and alpha, and a pattern for each layer that differs."""
-    settings = {name: _settings(layer, name) for name, layer in layers.items()}
-    common = [{key: value for key, value in each.items() if key not in BY_LAYER} for each in settings.values()]
-    first = type(next(iter(layers.values()))).__name__
-    for (name, layer), own in zip(layers.items(), common, strict=True):
-        if own != common[0]:
-            raise ValueError(f"expected {first} layers, got {type(layer).__name__} for layer {name!r}")
+    common = {name: _common(name, layer) for name, layer in layers.items()}
+    first = next(iter(layers))
+    for name, layer in layers.items():
+        if common[name] != common[first]:
+            raise ValueError(
+                f"expected {type(layers[first]).__name__} layers, got {type(layer).__name__} for layer {name!r}"
+            )
+    by_weight = named_by_weight(model, layers)
+    settings = {
+        f"{key}.weight" if name in by_weight else key: own
+        for name, layer in layers.items()
+        for key, own in settings_of(name, layer).items()
+    }
+    linear = [name for name in layers if name in settings]
     rslora = all(each["use_rslora"] for each in settings.values())
     ranks = {name: each["r"] for name, each in settings.items()}
     alphas = {
@@ -176,16 +208,18 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
         for name, each in settings.items()
     }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    last = {name.rsplit(".", 1)[-1] for name in layers}
-    others = any(name.rsplit(".", 1)[-1] in last and name not in layers for name, _ in named_modules(model))
+    last = {name.rsplit(".", 1)[-1] for name in linear}
+    others = any(name.rsplit(".", 1)[-1] in last and name not in linear for name, _ in named_modules(model))
+    parameters = short_names(model, [name for name in settings if name not in layers])
     whole = unwrapped(model)
-    return common[0] | {
+    return common[first] | {
         "task_type": "CAUSAL_LM" if type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
         "base_model_name_or_path": getattr(whole, "name_or_path", None) or None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(each["lora_dropout"] for each in settings.values()),
-        "target_modules": sorted(layers if others else last),
+        "target_modules": sorted(linear if others else last),
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
         "use_rslora": rslora,
@@ -196,11 +230,18 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _common(name: str, layer: Any) -> dict[str, Any]:
+    """The settings that all layers of a file must have alike."""
+    own = next(iter(settings_of(name, layer).values()))
+    return {key: value for key, value in own.items() if key not in BY_LAYER}
+
+
 def _by_layer(
     header: dict[str, Tensor],
     file: dict[str, Any],
     config: LoRAConfig,
     bases: dict[str, nn.Module],
+    parameters: dict[str, tuple[str, ...]],
     frozen: dict[str, Tensor],
 ) -> dict[str, dict[str, str]]:
     """Which of the file's names belong to each layer, once they and the factors' shapes are seen to fit the model."""
@@ -212,7 +253,7 @@ def _by_layer(
         if key in frozen:
             _check_shape(tensor, tuple(frozen[key].shape), "the base's own tensor", key)
             continue
-        name, part = _split(key, parts, bases)
+        name, part = in_module(*_split(key, parts, bases))
         if part in found.setdefault(name, {}):
             raise AdapterError(f"expected {part} of layer {name!r} once, got it as {found[name][part]!r} and {key!r}")
         found[name][part] = key
@@ -222,23 +263,33 @@ def _by_layer(
             f"expected layers of this model, got {foreign[0]!r} ({len(foreign)} unknown): another model's file?"
         )
     try:
-        expected = {name for name in bases if is_target(name, config.targets) and config.keeps(name)}
-        ranks = {name: config.at(name)[0] for name in found}
+        chosen = {name: _chosen(name, config, parameters) for name in bases}
+        expected = {name for name in bases if chosen[name] or (is_target(name, config.targets) and config.keeps(name))}
+        ranks = {name: _ranks(name, config, chosen[name]) for name in found}
     except ValueError as error:  # an expression that nobody can wait for
         raise AdapterError(str(error)) from None
-    odd = sorted(expected ^ set(found)) or sorted(name for name, got in found.items() if not got.keys() >= set(parts))
+    shapes = {name: _factor_shapes(bases[name], ranks[name], name in parameters) for name in found}
+    needed = {name: shapes[name].keys() if name in parameters else set(parts) for name in found}
+    odd = sorted(expected ^ set(found)) or sorted(name for name, got in found.items() if not got.keys() >= needed[name])
     if odd:
         what = " and ".join(parts) or "tensors"
         raise AdapterError(f"expected {what} of every layer that target_modules names, not so: {odd[0]!r}")
     for name, got in found.items():
-        for part, shape in _factor_shapes(ranks[name], bases[name]).items():
+        for part, shape in shapes[name].items():
             if part in got:
                 _check_shape(header[got[part]], shape, part, name)
     return {name: found[name] for name in bases if name in found}
 
 
-def _factor_shapes(rank: int, base: nn.Module) -> dict[str, tuple[int, ...]]:
-    d_out, d_in = linear_shape(base)
+def _ranks(name: str, config: LoRAConfig, parameters: tuple[str, ...]) -> dict[str, int]:
+    """The rank of a layer, or of each parameter by which the settings name it."""
+    return {each: config.at(f"{name}.{each}")[0] for each in parameters} or {name: config.at(name)[0]}
+
+
+def _factor_shapes(base: nn.Module, ranks: dict[str, int], of_parameters: bool) -> dict[str, tuple[int, ...]]:
+    if of_parameters:
+        return {**peft_shapes(base, ranks)}
+    (rank,), (d_out, d_in) = ranks.values(), linear_shape(base)
     return dict(zip((*FACTORS, "lora_magnitude_vector"), ((rank, d_in), (d_out, rank), (d_out,)), strict=True))
 
 
@@ -286,20 +337,22 @@ def without_wrappers(key: str) -> str:
     return ".".join(step for step in key.split(".") if step not in STEPS)
 
 
-def _check(adapter: Any, name: str, got: dict[str, Tensor], file: dict[str, Any], config: LoRAConfig) -> None:
+def _check(
+    adapter: Any, name: str, got: dict[str, Tensor], file: dict[str, Any], config: LoRAConfig, chosen: tuple[str, ...]
+) -> None:
     """Refuses what an adapter's layer cannot take."""
-    settings, rank = _settings(adapter, name), config.at(name)[0]
     kind = (file["peft_type"], bool(file.get("use_dora")))
-    if (settings["peft_type"], bool(settings.get("use_dora"))) != kind:
-        theirs = "DoRALinear" if kind == ("LORA", True) else "LoRALinear" if kind == ("LORA", False) else kind[0]
-        raise AdapterError(f"expected a file for {type(adapter).__name__} layers, got one for {theirs}")
-    scale = checked_scale(*config.at(name), scale_rule=config.scale_rule)
-    r, own = settings["r"], scale_of(settings)
-    if r != rank or not math.isclose(own, scale):
-        raise AdapterError(f"expected rank {r} and scale {own:g} for layer {name!r}, got {rank} and {scale:g}")
-    for key in settings.keys() - PLAIN:
-        if settings[key] != file.get(key):
-            raise AdapterError(f"expected {key} = {settings[key]!r}, got {file.get(key)!r}")
+    for key, settings in settings_of(name, adapter).items():
+        if (settings["peft_type"], bool(settings.get("use_dora"))) != kind:
+            theirs = "DoRALinear" if kind == ("LORA", True) else "LoRALinear" if kind == ("LORA", False) else kind[0]
+            raise AdapterError(f"expected a file for {type(adapter).__name__} layers, got one for {theirs}")
+        rank, alpha = config.at(key if key != name or not chosen else f"{name}.weight")
+        scale, r, own = checked_scale(rank, alpha, scale_rule=config.scale_rule), settings["r"], scale_of(settings)
+        if r != rank or not math.isclose(own, scale):
+            raise AdapterError(f"expected rank {r} and scale {own:g} for layer {key!r}, got {rank} and {scale:g}")
+        for each in settings.keys() - PLAIN:
+            if settings[each] != file.get(each):
+                raise AdapterError(f"expected {each} = {settings[each]!r}, got {file.get(each)!r}")
     wanted = adapter.peft_tensors()
     if wanted.keys() != got.keys():
         raise AdapterError(f"expected {', '.join(wanted)} of layer {name!r}, got {', '.join(map(repr, got))}")

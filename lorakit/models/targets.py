@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from lorakit._suggest import near_names
-from lorakit.layers.bases import is_conv1d, linear_shape
+from lorakit.layers.adapter import is_adapter
+from lorakit.layers.bases import FLOATS, is_conv1d, is_known, linear_shape
 from lorakit.layers.config import LoRAConfig, matches
 from lorakit.layers.trial import check_linear
 
@@ -47,6 +48,16 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         held[name] = wraps(module)
         if held[name] is None:
             yield plain[name], module
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, with the bases of adapters in their places, and nothing that is inside of those."""
+    adapted = set()
+    for name, module in named_modules(model):
+        if not any(each in adapted for each in parents(name)):
+            if is_adapter(module):
+                adapted.add(name)
+            yield name, getattr(module, "base", module) if name in adapted else module
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -97,8 +108,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
 
     Args:
         model: any module.
-        targets: `"all-linear"` for every linear layer but the output head; a list of names, each a full name or its
-            last parts (`"q_proj"`); or a string, a regular expression for the full name or its last parts.
+        targets: `"all-linear"` for every linear layer but the output head and routers; a list of names, each a full
+            name or its last parts (`"q_proj"`); or a string, a regular expression for the full name or its last parts.
 
     Raises:
         ValueError: a target chooses nothing (the message lists near names), is not a valid expression, or takes long to
@@ -115,8 +126,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
         targets = names
     layers = linear_layers(model)
     if isinstance(targets, str) and targets == "all-linear":
-        heads = output_heads(model)
-        chosen = [name for name, module in layers.items() if not any(module is head for head in heads)]
+        left = [*output_heads(model), *routers(model, layers)]
+        chosen = [name for name, module in layers.items() if not any(module is each for each in left)]
         if not chosen:
             raise ValueError(f"expected linear layers in the model, got none in {type(model).__name__}")
         return chosen
@@ -133,27 +144,39 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
     return [name for name in layers if name in named]
 
 
-def chosen_layers(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the layers that a config gives an adapter, in the model's order.
+def chosen_layers(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
+    """The layers that a config gives an adapter -> (), and the modules of which it adapts parameters -> their names.
+
+    Exclusions and blocks by number hold for layers, and for experts beside "all-linear"; `target_parameters` that are
+    named are meant, as in PEFT.
 
     Raises:
-        ValueError: as `find_targets`; a name or a number to exclude or to keep is none of the model's; or nothing is
-            left.
+        ValueError: as `find_targets`; a name or a number to exclude or to keep is none of the model's; a weight is
+            chosen twice; or nothing is left.
     """
-    chosen = find_targets(model, config.targets)
+    parameters = find_parameters(model, config.target_parameters or ())
+    experts = find_experts(model) if config.target_parameters is None and config.targets == "all-linear" else {}
+    layers = find_targets(model, config.targets) if config.targets or not parameters else []
+    for name in layers:
+        if twice := [each for each in [*parents(name), name] if each in parameters]:
+            raise ValueError(f"expected each weight once, got targets with {name!r}, target_parameters {twice[0]!r}")
+    stacks = [f"{name}.{key}" for name, keys in experts.items() for key in keys]
     if not isinstance(config.exclude_modules, str):
-        known = [name for name, _ in named_modules(model)]
+        known = [*(name for name, _ in named_modules(model)), *stacks]
         for target in config.exclude_modules:
             if not any(is_named(name, target) for name in known):
-                last = dict.fromkeys(name.rsplit(".", 1)[-1] for name in chosen)
+                last = dict.fromkeys(name.rsplit(".", 1)[-1] for name in [*layers, *stacks])
                 raise ValueError(f"expected exclude_modules that match a layer, {near_names(target, last)}")
-    blocks = {config.block(name) for name in chosen}
+    blocks = {config.block(name) for name in [*layers, *stacks]}
     if strange := [number for number in config.layers_to_transform if number not in blocks]:
         numbers = sorted(number for number in blocks if number is not None)
         raise ValueError(f"expected layers_to_transform in {numbers}, got {strange[0]}")
-    kept = [name for name in chosen if config.keeps(name)]
+    left = {name: tuple(k for k in keys if config.keeps(f"{name}.{k}")) for name, keys in experts.items()}
+    kept = {name: () for name in layers if config.keeps(name)} | parameters
+    kept |= {name: keys for name, keys in left.items() if keys and config.keeps(name)}
     if not kept:
-        raise ValueError(f"expected layers that are not excluded, got none of {', '.join(chosen[:3])} and the like")
+        chosen = ", ".join([*layers, *stacks][:3])
+        raise ValueError(f"expected layers that are not excluded, got none of {chosen} and the like")
     heads = output_heads(model)
     if isinstance(config.targets, str):
         for name in [name for name in kept if any(model.get_submodule(name) is head for head in heads)]:
@@ -163,6 +186,65 @@ def chosen_layers(model: nn.Module, config: LoRAConfig) -> list[str]:
                     stacklevel=3,
                 )
     return kept
+
+
+def find_experts(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameters that hold a mixture's experts as a stack, (E, ., .), by the name of the module that has them.
+
+    Told by the word "expert" in the module's name or class, or by a `num_experts` that is E.
+    """
+    found = {}
+    for name, module in plain_modules(model):
+        stacks = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.dtype in FLOATS}
+        says_so = "expert" in f"{name} {type(module).__name__}".lower()
+        if chosen := [k for k, p in stacks.items() if says_so or getattr(module, "num_experts", None) == len(p)]:
+            found[name] = tuple(chosen)
+    return found
+
+
+def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The parameters that `names` choose, each a full name or its last parts, by the name of the module that has them.
+
+    Source: the `target_parameters` of PEFT 0.21.
+
+    Raises:
+        ValueError: a name chooses nothing; the message lists near names.
+    """
+    there = {name: _parameters(module) for name, module in plain_modules(model) if name}
+    for target in names:
+        if not any(is_named(f"{name}.{key}", target) for name, keys in there.items() for key in keys):
+            known = dict.fromkeys(f"{name.rsplit('.', 1)[-1]}.{key}" for name, keys in there.items() for key in keys)
+            raise ValueError(f"expected target_parameters that match a parameter, {near_names(target, known)}")
+    found = {name: tuple(k for k in keys if is_target(f"{name}.{k}", list(names))) for name, keys in there.items()}
+    return {name: keys for name, keys in found.items() if keys}
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters; a quantised linear layer's weight is one as well."""
+    own = dict(module.named_parameters(recurse=False))
+    return [*own, *(["weight"] if "weight" not in own and is_known(module) else [])]
+
+
+def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Those of the linear layers that choose among experts: beside them in a block, with one output for each."""
+    modules = dict(plain_modules(model))
+    experts = {name: len(modules[name].get_parameter(keys[0])) for name, keys in find_experts(model).items()}
+    for name, module in modules.items():
+        if isinstance(module, nn.ModuleList) and "expert" in name.rsplit(".", 1)[-1]:
+            experts[name] = len(module)
+    blocks = {name.rpartition(".")[0]: (name, number) for name, number in experts.items()}
+    found = []
+    for name, layer in layers.items():
+        for own, number in (blocks[each] for each in parents(name) if each in blocks):
+            if linear_shape(layer)[0] == number and own not in parents(name):
+                found.append(layer)
+    return found
+
+
+def parents(name: str) -> list[str]:
+    """The names of all modules that have the module of this name in them."""
+    steps = name.split(".")
+    return [".".join(steps[:end]) for end in range(len(steps))]
 
 
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from lorakit._numbers import check_integer, check_positive
 from lorakit._random import seeded
 from lorakit.layers.config import LoRAConfig
+from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
 from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
@@ -123,6 +124,11 @@ def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
         inject(model, spec.config)
     layers = adapters(model)
     remove(model)
+    if experts := [name for name, layer in layers.items() if isinstance(layer, LoRAExperts)]:
+        raise ValueError(
+            f"expected adapters of linear layers, got one of {experts[0]}: target_parameters=[] leaves experts out, or "
+            "train one adapter after the other"
+        )
     return layers
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lorakit._numbers import check_positive
+from lorakit.layers.adapter import own_parameters
 from lorakit.models.inject import adapters
 
 
@@ -28,7 +29,8 @@ def loraplus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[di
     """
     check_positive("lr", lr)
     check_positive("ratio", ratio)
-    ours = {id(getattr(layer, "B", None)) for layer in adapters(model).values()}
+    own = (pair for layer in adapters(model).values() for pair in own_parameters(layer).items())
+    ours = {id(p) for name, p in own if name.split(".")[0] == "B"}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if id(p) in ours or ".lora_B." in name]
     if not fast:

@@ -39,6 +39,31 @@ CONFIGS = {
     "bert": lambda: tf.BertConfig(**TINY),
     "t5": lambda: tf.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4),
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MIXTURES = {  # GPT-OSS stores (E, d_in, d_out) and says so, Llama 4 does not say it; it and DeepSeek share an expert
+    "mixtral": lambda: tf.MixtralConfig(**TINY, **GQA, **EXPERTS),
+    "qwen3-moe": lambda: tf.Qwen3MoeConfig(**TINY, **GQA, **QWEN_EXPERTS, head_dim=8),
+    "olmoe": lambda: tf.OlmoeConfig(**TINY, **GQA, num_experts=4, num_experts_per_tok=2),
+    "llama4": lambda: tf.Llama4TextConfig(
+        **TINY, **GQA, head_dim=8, intermediate_size_mlp=20, num_local_experts=4, moe_layers=[1]
+    ),
+    "gpt-oss": lambda: tf.GptOssConfig(
+        **TINY,
+        **GQA,
+        **EXPERTS,
+        head_dim=8,
+        layer_types=["full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "deepseek-v3": lambda: tf.DeepseekV3Config(
+        **TINY,
+        num_key_value_heads=4,
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1},
+        **{"first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 8, "kv_lora_rank": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4},
+    ),
+}
 # three for tests that are not about architectures: heads of another width, GPT-2's Conv1D, biases and tied weights
 DIVERSE = ("gemma2", "gpt2", "llama-biased-tied")
 AUTO = {"bert": tf.AutoModelForMaskedLM, "t5": tf.AutoModelForSeq2SeqLM}
@@ -46,7 +71,7 @@ AUTO = {"bert": tf.AutoModelForMaskedLM, "t5": tf.AutoModelForSeq2SeqLM}
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A tiny model in eval mode; the same seed gives the same weights."""
-    config = CONFIGS[name]()
+    config = (CONFIGS | MIXTURES)[name]()
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "hidden_dropout_prob", "dropout_rate"):
         if hasattr(config, key):
             setattr(config, key, 0.0)

@@ -435,13 +435,26 @@ def test_a_model_without_named_adapters_says_how_to_get_them(tmp_path):
 def test_models_whose_blocks_are_not_the_usual_ones_serve_rows(name):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(HYBRIDS[name]()).eval()
-    model = add_adapter(base, "sql", trained(copy.deepcopy(base)))
+    model = add_adapter(base, "sql", trained(copy.deepcopy(base), target_parameters=[]))
     plain = answer(model, TWO)
     with using_adapters(model, "sql"):
         want = answer(model, TWO)
     with using_adapters(model, [None, "sql", None]):
         close(answer(model, TWO), torch.stack([plain[0], want[1], plain[2]]))
     assert (want - plain).abs().max() > 1e-3
+
+
+def test_experts_adapters_are_chosen_for_all_rows():
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(HYBRIDS["llama4"]()).eval()
+    other, third = trained(copy.deepcopy(base)), trained(copy.deepcopy(base), seed=2)
+    want = answer(wrap(copy.deepcopy(base), third, lambda name, _: third[name]), TWO)
+    model = add_adapter(add_adapter(base, "sql", other), "records", third)
+    with using_adapters(model, "records"):
+        close(answer(model, TWO), want)
+    expected = r"at layer model\.layers\.0\.feed_forward\.experts: an expert's tokens are in no order of rows"
+    with using_adapters(model, ["sql", "records", None]), pytest.raises(ValueError, match=expected):
+        answer(model, TWO)
 
 
 def test_code_that_reads_weights_gets_those_of_one_adapter_or_hears_that_there_are_several():

@@ -39,6 +39,10 @@ WATCHED = {  # name as the code writes it -> where it lives, and what to do
         "torch.nn.Module()._modules",
         "models/inject.replace: named_children passes over shared modules",
     ),
+    "Tensor._make_wrapper_subclass": (
+        "torch.Tensor._make_wrapper_subclass",
+        "layers/read_weight describes a tensor without its memory: see 'Extending PyTorch' for how it is done now",
+    ),
     "super()._apply": (
         "torch.nn.Module()._apply",
         "layers/nf4_linear keeps absmax in float32 through it: see Module.to",
