@@ -11,6 +11,7 @@ from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.nf4_linear import NF4Linear
 from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
+from lorakit.merging.convert import convert_adapter
 from lorakit.merging.inspection import inspect_adapter
 from lorakit.models.inject import Count, adapters, count, inject, wrap
 from lorakit.models.load import load_model
@@ -61,6 +62,7 @@ __all__ = [
     "add_adapter",
     "audit_data",
     "budget",
+    "convert_adapter",
     "count",
     "delete_adapter",
     "dequantize_model",

@@ -50,6 +50,31 @@ def write_atomically(contents: Mapping[Path, bytes | Callable[[Path], object]]) 
 
 
 @contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name at the end if nothing has failed; parents that it needs are made.
+
+    Raises:
+        FileExistsError: there is something at the place; it stays as it is.
+        OSError: it cannot be written, which is found before anything is filled.
+    """
+    if place.exists() or place.is_symlink():
+        raise FileExistsError(f"expected a new folder, got {str(place)!r}, which exists")
+    made = [parent for parent in place.parents if not parent.exists()]  # from the inside out
+    try:
+        with named_errors(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with draft_beside(place) as draft:
+                (draft / place.name).mkdir()
+                yield draft / place.name
+                os.rename(draft / place.name, place)
+    finally:
+        if not place.exists():
+            for parent in made:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
+
+
+@contextmanager
 def draft_beside(place: Path) -> Iterator[Path]:
     """A new, empty folder beside a place: every call has its own, and it is gone at the end.
 

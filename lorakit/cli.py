@@ -66,6 +66,31 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=_place, help="a folder with an adapter of any method, lorakit's or PEFT's")
+    parser.add_argument("out", type=_place, help="the new folder for the LoRA and its certificate")
+    parser.add_argument("--base", required=True, help="a short name, a local folder, or a hub id")
+    parser.add_argument("--rank", type=int, help="of the LoRA")
+    parser.add_argument(
+        "--energy", type=float, metavar="SHARE", help="instead: each layer's smallest rank that keeps it"
+    )
+    parser.add_argument("--texts", type=_place, metavar="FILE",
+                        help="compare on these: .jsonl with prompts or messages, or a text a line")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import json
+
+    from lorakit.merging.convert import convert_adapter, read_texts
+
+    texts = [] if args.texts is None else read_texts(args.texts, args.base)
+    show = sys.stderr.isatty()
+    found = convert_adapter(args.adapter, args.base, args.out, args.rank, args.energy, texts=texts, show=show)
+    print(json.dumps(found.as_record(), indent=2) if args.json else found)
+    return 0
+
+
 def _declare_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=_place, help="a folder with an adapter, lorakit's or PEFT's")
     parser.add_argument("--base", help="compare with it: a short name, a local folder, or a hub id")
@@ -280,6 +305,7 @@ COMMANDS = {
     "doctor": Command("report versions, hardware and known traps of this machine", _declare_doctor, _doctor),
     "fetch": Command("put the base model into the cache and print its folder", _declare_fetch, _fetch),
     "merge": Command("merge an adapter into its base, check it, save a plain model", _declare_merge, _merge),
+    "convert": Command("make a LoRA of an adapter of any method, certified", _declare_convert, _convert),
     "inspect": Command("say what a saved adapter is, and who serves it", _declare_inspect, _inspect),
     "audit": Command("find what is wrong with training data, as a tokenizer sees it", _declare_audit, _audit),
     "budget": Command("what a training step needs, from a model's config alone", _declare_budget, _budget),

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.layers.lowrank import factored_svd
 from lorakit.merging.updates import Update, Updates
 
 
@@ -41,9 +43,8 @@ def linear(updates: Sequence[Updates], weights: Sequence[float]) -> dict[str, Up
 def compress(updates: Updates, rank: int) -> dict[str, Update]:
     """The nearest changes of at most this rank, by the SVD of each, which is never made as a whole.
 
-    With `B = Q R` and `A^T = P T`, the singular values of `B A = Q (R T^T) P^T` are those of the small matrix in the
-    middle. No change of that rank is nearer (Eckart & Young 1936); for a layer d wide with factors of rank R it costs
-    O(d R^2) instead of O(d^3). B and A get equal shares of the singular values.
+    No change of that rank is nearer (Eckart & Young 1936); for a layer d wide with factors of rank R it costs O(d R^2)
+    instead of O(d^3). B and A get equal shares of the singular values.
 
     Args:
         updates: of any rank.
@@ -55,6 +56,12 @@ def compress(updates: Updates, rank: int) -> dict[str, Update]:
     if rank < 1:
         raise ValueError(f"expected rank >= 1, got {rank}")
     return {name: _compressed(update, rank) for name, update in updates.items()}
+
+
+def from_svd(U: Float[Tensor, "d_out n"], S: Float[Tensor, " n"], Vh: Float[Tensor, "n d_in"], rank: int) -> Update:
+    """The change of `U diag(S) Vh` cut to a rank; B and A get equal shares of the singular values."""
+    root = S[:rank].sqrt()
+    return Update(U[:, :rank] * root, root[:, None] * Vh[:rank])
 
 
 def ties(updates: Sequence[Updates], weights: Sequence[float], density: float, rank: int) -> dict[str, Update]:
@@ -122,8 +129,7 @@ def _dense(
     for name, parts in _by_layer(updates, weights).items():
         change = combine([weight * part.matrix for weight, part in parts])
         U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-        root = S[:rank].sqrt()
-        found[name] = Update(U[:, :rank] * root, root[:, None] * Vh[:rank])
+        found[name] = from_svd(U, S, Vh, rank)
     return found
 
 
@@ -136,13 +142,7 @@ def _trimmed(change: Tensor, density: float) -> Tensor:
 
 
 def _compressed(update: Update, rank: int) -> Update:
-    if update.rank <= rank:
-        return update
-    Q, R = torch.linalg.qr(update.B)  # (d_out, rank), (rank, rank)
-    P, T = torch.linalg.qr(update.A.T)  # (d_in, rank), (rank, rank)
-    U, S, Vh = torch.linalg.svd(R @ T.T)
-    root = S[:rank].sqrt()
-    return Update(Q @ (U[:, : len(root)] * root), (root[:, None] * Vh[: len(root)]) @ P.T)
+    return update if update.rank <= rank else from_svd(*factored_svd(update.B, update.A), rank)
 
 
 def _check(updates: Sequence[Updates], weights: Sequence[float]) -> None:

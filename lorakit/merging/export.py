@@ -1,14 +1,13 @@
 """A base and an adapter become one plain model in a folder, checked before it gets its name."""
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorakit._atomic import draft_beside, named_errors
+from lorakit._atomic import new_folder
 from lorakit._optional import quiet
 from lorakit.models.load import load_model
 from lorakit.models.merge import merge
@@ -58,22 +57,10 @@ def export_merged(
             0.001 nats a token and more than a tenth of what the adapter does. Nothing is left behind.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"expected a new folder, got {str(out)!r}, which exists")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"expected dtype auto, {', '.join(DTYPES)}, got {dtype!r}")
-    made = [parent for parent in out.parents if not parent.exists()]  # from the inside out
-    try:
-        with named_errors(out):  # what cannot be written is found before the work
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with draft_beside(out) as draft:
-                found = _make(base, adapter, draft / out.name, dtype)
-                os.rename(draft / out.name, out)
-    finally:
-        if not out.exists():
-            for parent in made:
-                with suppress(OSError):  # somebody else has put something there
-                    parent.rmdir()
+    with new_folder(out) as folder:
+        found = _make(base, adapter, folder, dtype)
     return replace(found, folder=out)
 
 
@@ -82,11 +69,10 @@ def _make(base: str | os.PathLike, adapter: str | os.PathLike, folder: Path, dty
     read_adapter(Path(adapter))  # found now if there is none, not after the base is loaded
     model, tokenizer = load_model(base)
     chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
-    probe = _probe(model)
+    probe = probe_texts(model)
     plain = log_probabilities(model, probe)
     load_adapter(model, adapter)
     unmerged = log_probabilities(model, probe)
-    folder.mkdir()
     _save(merge(model).to(chosen), tokenizer, folder)
     del model
     merged = log_probabilities(load_model(folder, chosen)[0], probe)
@@ -108,7 +94,7 @@ def _own_dtype(model: Any) -> torch.dtype:
     return next((dtype for dtype in DTYPES.values() if dtype == own), torch.float32)
 
 
-def _probe(model: Any) -> list[Example]:
+def probe_texts(model: Any) -> list[Example]:
     """Random tokens, each of which is to be predicted; the same for every model with that vocabulary."""
     size = model.config.get_text_config().vocab_size
     rows = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0)).tolist()

@@ -54,6 +54,13 @@ ROWS = {  # what stands in the README: the comparison, the arm
     "memory that a DoRA step adds, bfloat16": ("memory a DoRA step adds, bfloat16", "lorakit"),
     "a step of one DoRA layer, float32": ("step of one DoRA layer", "lorakit"),
     "memory that it adds": ("memory that a step of one DoRA layer adds", "lorakit"),
+    "eight rows with eight adapters, a pass, against PEFT": ("a pass of eight rows, against PEFT", "eight adapters"),
+    "of generating 16 tokens": ("eight rows generated, against PEFT", "eight adapters"),
+    "eight rows with eight adapters, a pass, against one adapter for all": (
+        "a pass of eight rows, against one adapter",
+        "eight adapters",
+    ),
+    "of generating 16 tokens, against one": ("eight rows generated, against one adapter", "eight adapters"),
     "two adapters added and cut to rank 16, 4096 wide, against PEFT's svd": ("two adapters to rank 16", "lorakit"),
 }
 

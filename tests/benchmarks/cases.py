@@ -1,6 +1,7 @@
 """What is compared with what. Every function returns name -> record; the first arm of each is PEFT, or TRL."""
 
 import contextlib
+import copy
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from statistics import median
 
 import torch
 from paired import Comparison, alternate, rounds_from, seconds
@@ -391,6 +393,53 @@ def arithmetic():
     return {"two adapters to rank 16": found}
 
 
+def serving():
+    """Eight rows of SmolLM2 with eight adapters, or fewer: a pass of 8 x 128 tokens, and 16 tokens generated each."""
+    model, _ = lorakit.load_model("smollm2")
+    base, took, names = copy.deepcopy(model), [], [f"adapter {k}" for k in range(8)]
+    with tempfile.TemporaryDirectory() as folder:
+        for k, name in enumerate(names):
+            torch.manual_seed(k)
+            lorakit.inject(base, 16, 32)
+            for layer in lorakit.adapters(base).values():
+                layer.B.data.normal_(0, 0.02)
+            path = lorakit.save_adapter(base, Path(folder, name))
+            lorakit.remove(base)
+            took.append(seconds(lambda n=name, p=path: lorakit.add_adapter(model, n, p)))
+        with quiet():
+            theirs = peft.PeftModel.from_pretrained(base, Path(folder, names[0]), adapter_name=names[0]).eval()
+            for name in names[1:]:
+                theirs.load_adapter(Path(folder, name), adapter_name=name)
+    ids = random_batch(8)["input_ids"]
+    greedily = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    works = {
+        "a pass of eight rows": lambda m, **more: m(input_ids=ids, **more),
+        "eight rows generated": lambda m, **more: m.generate(input_ids=ids[:, :16], **greedily, **more),
+    }
+    chosen = {"one adapter": names[0], "two adapters": names[:2] * 4, "eight adapters": names, "the base": None}
+
+    @torch.no_grad()
+    def ours(work, rows):
+        with lorakit.using_adapters(model, rows):
+            work(model)
+
+    @torch.no_grad()
+    def by_peft(work):
+        work(theirs, adapter_names=names)
+
+    found = {}
+    for label, work in works.items():
+        arms = {arm: lambda w=work, r=rows: ours(w, r) for arm, rows in chosen.items()}
+        arms["PEFT, eight adapters"] = lambda w=work: by_peft(w)
+        values = alternate(arms, rounds_from(7)).values
+        found[f"{label}, against one adapter"] = Comparison("s", values).record()
+        pair = {arm: values[arm] for arm in ("PEFT, eight adapters", "eight adapters")}
+        found[f"{label}, against PEFT"] = Comparison("s", pair).record()
+    numbers = sum(p.nbytes for layer in lorakit.named_adapters(model)[names[0]].values() for p in (layer.A, layer.B))
+    found["one more adapter"] = {"unit": "MB and s", "megabytes": numbers / 1e6, "seconds": median(took)}
+    return found
+
+
 def repeated(arms, times=20):
     """Each round of an arm is so many calls: one takes less than a millisecond."""
     return alternate(
@@ -433,5 +482,19 @@ def qlora():
 
 CASES = {
     f.__name__: f
-    for f in (step, memory, gradients, floor, many, sweeping, files, four_bits, qlora, dora, arithmetic, training)
+    for f in (
+        step,
+        memory,
+        gradients,
+        floor,
+        many,
+        sweeping,
+        files,
+        four_bits,
+        qlora,
+        dora,
+        arithmetic,
+        serving,
+        training,
+    )
 }

@@ -12,7 +12,7 @@ import lorakit
 from lorakit import cli
 from lorakit._optional import need
 from lorakit.course import doctor, lessons, outputs, runner
-from lorakit.merging import export
+from lorakit.merging import convert, export
 from lorakit.models import download
 from lorakit.tasks import tiny_model
 from lorakit.tasks.sql import task as sql_task
@@ -325,6 +325,7 @@ def test_a_fault_of_lorakits_own_is_no_want_of_a_package():
         ["sweep", ""],
         ["merge", "tiny", "", "--out", "new"],
         ["merge", "tiny", "adapter", "--out", ""],
+        ["convert", "adapter", "--base", "tiny", ""],
         ["run", "--out", ""],
     ],
 )
@@ -338,15 +339,23 @@ def test_an_empty_name_is_not_the_working_directory(arguments, capsys, tmp_path,
 
 
 @pytest.mark.parametrize("place", ["file", "file/deep", "loop"])
-@pytest.mark.parametrize("command", ["data", "pretrain", "merge"])
+@pytest.mark.parametrize("command", ["data", "pretrain", "merge", "convert"])
 def test_what_cannot_be_written_is_found_before_the_work(command, place, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    for module, name in ((sql_task, "generate"), (tiny_model, "pretrain"), (export, "load_model")):
+    for module, name in (
+        (sql_task, "generate"),
+        (tiny_model, "pretrain"),
+        (export, "load_model"),
+        (convert, "load_model"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
-    arguments = ["merge", "tiny", "adapter", "--out", place] if command == "merge" else [command, place]
-    assert cli.main(arguments) == 2
+    merging = {
+        "merge": ["tiny", "adapter", "--out", place],
+        "convert": ["adapter", "--base", "tiny", "--rank", "2", place],
+    }
+    assert cli.main([command, *merging.get(command, [place])]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lorakit: ")
     assert error.count("\n") == 1
