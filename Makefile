@@ -3,6 +3,7 @@
 #   PYTHON=python3.12      the interpreter for .venv, if `python3` is not the right one
 #   TORCH_INDEX=URL        one more package index. On Linux PyPI's torch brings gigabytes of CUDA; the build for CPUs is at
 #                          https://download.pytorch.org/whl/cpu
+#   LAB=--allow-root       options for JupyterLab, in `make lab`; root needs this one
 #   LESSON="00 03"         the lessons for `make course` and `make outputs` (default: all)
 #   FUZZ_SECONDS=300       for each target of `make fuzz`; FUZZ_SEED=5 repeats what a seed found
 #   PROFILE=gpu            laptop (default), smoke or gpu, for `make course`
@@ -37,7 +38,7 @@ course: $(READY) ## run all lessons in order and print a table of their results
 	@$(BIN)/lorakit run $(LESSON) --profile $(PROFILE)
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/jupyter lab notebooks $(LAB)
 
 test: lint ## all tests: the package, each lesson on a tiny model, and the lessons' committed outputs
 	@$(PYTEST) tests

@@ -232,7 +232,7 @@ def _declare_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank-pattern", nargs="+", type=_pair, default=[], metavar="NAME=RANK",
                         help="other ranks for some layers, by name")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="of each sequence (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="of each sequence (default: 512, or the context if that is less)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw", help="adamw, adamw-8bit, adamw-paged, adafactor, sgd, "
                         "sgd-momentum (default: %(default)s)")  # fmt: skip

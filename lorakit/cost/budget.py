@@ -62,6 +62,7 @@ class Budget:
     parameters: int  # of the model, without adapters; a shared weight counts once
     trained: int
     peak: dict[str, int]  # bytes by kind, at the moment of the step when they are the most together
+    moment: str  # when that is: in which pass, and how much of its matrix products is done
     gradient_bytes: int  # after the backward pass; at the peak, few may be there yet
     activation_bytes: int  # what the forward pass keeps for the backward pass, logits included
     checkpoint_bytes: int  # of a file with what was trained
@@ -89,7 +90,7 @@ def budget(
     dtype: str | torch.dtype = "float32",
     optimizer: str = "adamw",
     batch_size: int = 8,
-    tokens: int = 512,
+    tokens: int | None = None,
     checkpointing: bool = False,
     master_weights: bool = False,
     double_quant: bool = True,
@@ -108,7 +109,7 @@ def budget(
         dtype: of all weights that are not quantised: `"float32"`, `"bfloat16"` or `"float16"`. Adapters are float32.
         optimizer: a name in `OPTIMIZERS`.
         batch_size: sequences a step.
-        tokens: of each sequence; all have labels.
+        tokens: of each sequence; all have labels. None for 512, or the model's context if that is less.
         checkpointing: whether each block's activations are made again in the backward pass.
         master_weights: whether trained weights below float32 have a float32 copy, for which the states are then: 16
             bytes a parameter under AdamW (Micikevicius et al. 2018, arXiv:1710.03740).
@@ -126,10 +127,11 @@ def budget(
     _check_name("a dtype", dtype, DTYPES)
     _check_name("an optimizer", optimizer, OPTIMIZERS)
     check_integer("batch_size", batch_size)
-    check_integer("tokens", tokens)
     if method != "full":
         check_integer("rank", rank)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    tokens = int(min(512, context)) if tokens is None else tokens
+    check_integer("tokens", tokens)
     if batch_size < 1 or not 1 <= tokens <= context:
         raise ValueError(f"expected batch_size >= 1 and 1 <= tokens <= {context}, got {batch_size} and {tokens}")
 
@@ -154,6 +156,7 @@ def budget(
         parameters=step.parameters,
         trained=sum(p.numel() for p in step.trained),
         peak={kind: step.ledger.peak[kind] for kind in KINDS} | {"optimizer": state},
+        moment=_moment(step.ledger.peak_flops, step.forward_flops, step.ledger.flops),
         gradient_bytes=step.ledger.now["gradients"],
         activation_bytes=step.kept_bytes,
         checkpoint_bytes=sum(p.nbytes for p in step.trained),
@@ -172,7 +175,7 @@ def table(budgets: Sequence[Budget]) -> str:
         "": [b.settings["method"] for b in budgets],
         "parameters": [f"{b.parameters:,}" for b in budgets],
         "trained": [f"{b.trained:,}" for b in budgets],
-        "at the peak of a step": [],
+        "at the peak of a step": [b.moment for b in budgets],
         **{f"  {kind}": [_bytes(b.peak[kind]) for b in budgets] for kind in KINDS},
         "  in all": [_bytes(b.peak_bytes) for b in budgets],
         "kept by the forward pass": [_bytes(b.activation_bytes) for b in budgets],
@@ -182,6 +185,12 @@ def table(budgets: Sequence[Budget]) -> str:
         "backward pass": [_flops(b.backward_flops) for b in budgets],
     }
     return "\n".join([title, *(f"{name:<25}{''.join(f'{v:>17}' for v in row)}".rstrip() for name, row in rows.items())])
+
+
+def _moment(done: int, forward: int, total: int) -> str:
+    backward = done >= forward
+    share = (done - forward) / (total - forward) if backward else done / forward
+    return f"{'backward' if backward else 'forward'}, {share:.0%}"
 
 
 def _bytes(n: int) -> str:

@@ -10,6 +10,7 @@ from lorakit._optional import need, quiet
 from lorakit._suggest import near_names
 from lorakit._words import one_line
 from lorakit.models.download import MODELS, fetch_model
+from lorakit.models.load import check_causal
 
 
 def _llama(width: int, inner: int, layers: int, heads: int, context: int = 4096, **more: int) -> dict[str, Any]:
@@ -18,14 +19,30 @@ def _llama(width: int, inner: int, layers: int, heads: int, context: int = 4096,
     return {"model_type": "llama", **sizes, **more}
 
 
+def _sized(
+    kind: str, width: int, inner: int, layers: int, heads: int, shared: int, vocabulary: int, **more: Any
+) -> dict:
+    sizes = _llama(width, inner, layers, heads, num_key_value_heads=shared, **more)
+    return sizes | {"model_type": kind, "vocab_size": vocabulary}
+
+
 # Models by their published sizes. LLaMA: Touvron et al. 2023, arXiv:2302.13971, table 2. Llama 2: Touvron et al. 2023,
 # arXiv:2307.09288, section 2.2; the inner widths are those of its weights. GPT-3: Brown et al. 2020, arXiv:2005.14165,
 # table 2.1, here without its sparse attention, as OPT, which has its sizes and separate query and value matrices.
+# Llama 3: Grattafiori et al. 2024, arXiv:2407.21783, table 3. Mistral 7B: Jiang et al. 2023, arXiv:2310.06825, table 1.
+# Mixtral: Jiang et al. 2024, arXiv:2401.04088, table 1. Qwen2.5: Yang et al. 2024, arXiv:2412.15115, table 1. Qwen3:
+# Yang et al. 2025, arXiv:2505.09388, table 1; widths and vocabularies of both are those of their weights.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-65b": _llama(8192, 22_016, 80, 64, 2048),
     "llama-2-7b": _llama(4096, 11_008, 32, 32),
     "llama-2-13b": _llama(5120, 13_824, 40, 40),
     "llama-2-70b": _llama(8192, 28_672, 80, 64, num_key_value_heads=8),
+    "llama-3-8b": _sized("llama", 4096, 14_336, 32, 32, 8, 128_256, context=8192),
+    "llama-3-70b": _sized("llama", 8192, 28_672, 80, 64, 8, 128_256, context=8192),
+    "mistral-7b": _sized("mistral", 4096, 14_336, 32, 32, 8, 32_000, context=8192),
+    "mixtral-8x7b": _sized("mixtral", 4096, 14_336, 32, 32, 8, 32_000, context=32_768, num_local_experts=8),
+    "qwen2.5-7b": _sized("qwen2", 3584, 18_944, 28, 28, 4, 152_064, context=32_768),
+    "qwen3-8b": _sized("qwen3", 4096, 12_288, 36, 32, 8, 151_936, context=32_768, head_dim=128),
     "gpt-3-175b": {
         **{"model_type": "opt", "vocab_size": 50_257, "max_position_embeddings": 2048, "num_hidden_layers": 96},
         **{"hidden_size": 12_288, "word_embed_proj_dim": 12_288, "ffn_dim": 49_152, "num_attention_heads": 96},
@@ -55,8 +72,7 @@ def find_config(model: Any) -> tuple[str, Any]:
         name, config = model, transformers.AutoConfig.for_model(**PUBLISHED[model])
     else:
         name, config = _read(os.fspath(model), isinstance(model, Path))
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"expected a causal language model, got {name!r}, a config of {config.model_type!r}")
+    check_causal(config, name)
     return name, config
 
 

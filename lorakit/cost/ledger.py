@@ -42,13 +42,14 @@ class Ledger(TorchDispatchMode):
     Attributes:
         now: bytes of every kind that exist.
         peak: the same at the moment when they were the most.
+        peak_flops: what `flops` was then.
         flops: of matrix products, convolutions and attention so far; a multiplication and an addition are two. Causal
             attention counts as full.
     """
 
     def __init__(self, kind_of: Callable[[Tensor], str] = lambda _: "temporaries"):
         super().__init__()
-        self.kind_of, self.flops = kind_of, 0
+        self.kind_of, self.flops, self.peak_flops = kind_of, 0, 0
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}  # a storage's id -> itself, its bytes, its kind
@@ -73,7 +74,7 @@ class Ledger(TorchDispatchMode):
         self._live[place] = weakref.ref(storage, lambda _: self._remove(place)), size, kind
         self.now[kind] += size
         if self.now.total() > self.peak.total():
-            self.peak = self.now.copy()
+            self.peak, self.peak_flops = self.now.copy(), self.flops
 
     def move(self, tensor: Tensor, kind: str) -> None:
         """Gives a known tensor's storage another kind."""

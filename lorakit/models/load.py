@@ -49,6 +49,7 @@ def load_model(
     safe = {"trust_remote_code": False}
     with quiet():
         try:
+            check_causal(transformers.AutoConfig.from_pretrained(folder, **safe), str(folder))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -65,6 +66,17 @@ def load_model(
     if problem := _find_strangers(model, found, held):
         raise ValueError(f"expected the weights of {type(model).__name__} in {folder}, {problem}")
     return model.to(device).eval(), tokenizer
+
+
+def check_causal(config: Any, name: str) -> None:
+    """Refuses the config of what is no causal language model; of Whisper, a decoder alone would be made.
+
+    Raises:
+        ValueError: says what kind of model it is.
+    """
+    known = type(config) in need("transformers").MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"expected a causal language model, got {name!r}, a config of {config.model_type!r}")
 
 
 def _find_folder(name_or_path: str | os.PathLike) -> Path:

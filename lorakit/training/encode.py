@@ -104,7 +104,7 @@ def _example(tokenizer: Any, parts: Sequence[tuple[str, bool]], max_length: int 
     labels = [
         token if learned else IGNORE for tokens, (_, learned) in zip(texts, parts, strict=True) for token in tokens
     ]
-    _check_known(tokenizer, "".join(text for text, _ in parts), ids, labels)
+    _check_known(tokenizer, " ".join(text for text, _ in parts), ids, labels)
     if max_length is not None and len(ids) > max_length:
         start = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
         kept = _shortened(ids[:start], max_length - len(ids[start:]), getattr(tokenizer, "bos_token_id", None))

@@ -31,6 +31,8 @@ class Objective:
 
     def check(self, model: nn.Module, examples: Sequence[Any]) -> None:
         """Refuses what cannot be trained so."""
+        if isinstance(examples, Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+            raise ValueError(f"expected a list of examples, or what is read by number, got {type(examples).__name__}")
         if not len(examples):
             raise ValueError("expected at least one example, got none")
         if self.loss_fn is not None:

@@ -111,6 +111,12 @@ def test_targets_are_chosen_as_inject_does():
         ("llama-2-13b", 13_015_864_320),
         ("llama-2-70b", 68_976_648_192),
         ("llama-65b", 65_285_660_672),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("mistral-7b", 7_241_732_096),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
         ("gpt-3-175b", 174_600_000_000),  # table D.1 of the paper, in millions
     ],
 )
@@ -181,6 +187,19 @@ def test_eager_attention_keeps_tokens_squared():
     assert scores <= eager.activation_bytes - sdpa.activation_bytes <= 4 * scores
     ledger, kept = watched(*real("llama", attn_implementation="eager"))
     assert (eager.activation_bytes, eager.peak_bytes - eager.peak["optimizer"]) == (kept, ledger.peak.total())
+
+
+def test_the_moment_of_the_peak_is_named():
+    full, eager = predicted("llama"), predicted("llama", tokens=60, attention="eager", checkpointing=True)
+    assert full.moment.startswith(("forward, ", "backward, "))
+    at, share = eager.moment.split(", ")
+    assert at == "backward"
+    assert 0 <= int(share.removesuffix("%")) <= 100
+    assert full.moment in full.table().splitlines()[4]
+
+
+def test_a_short_context_is_no_obstacle():
+    assert budget(CONFIGS["llama"](), "lora", rank=1).settings["tokens"] == SIZES["max_position_embeddings"]
 
 
 def test_the_peak_is_made_of_its_kinds():
@@ -364,6 +383,7 @@ def test_a_config_is_found_wherever_it_is(tmp_path):
         ({"batch_size": 0}, "expected batch_size as an integer >= 1"),
         ({"rank": 0}, "expected rank as an integer >= 1, got 0"),
         ({"targets": ["q_prj"]}, "got 'q_prj'; near.*: q_proj"),
+        ({"model": transformers.WhisperConfig()}, "expected a causal language model, got 'whisper'"),
         ({"model": transformers.ViTConfig()}, "expected a causal language model, got 'vit'"),
     ],
 )

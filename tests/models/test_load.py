@@ -487,6 +487,15 @@ def test_files_that_transformers_cannot_read_are_refused(folder, name, text):
         load_model(folder)
 
 
+def test_an_encoder_with_a_decoder_is_refused_in_one_line(tiny_folder, tmp_path):
+    """Of Whisper's folder transformers would make a decoder alone, and of T5's say the names of all other models."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    for config in (transformers.WhisperConfig(), transformers.T5Config()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=rf"expected a causal language model, got .* '{config.model_type}'\Z"):
+            load_model(tmp_path)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_transformers_saves_is_whole(name, tiny_folder, tmp_path):
     if name in ("t5", "bert"):

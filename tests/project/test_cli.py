@@ -110,7 +110,7 @@ def test_run_sets_parameters_shows_progress_and_keeps_copies(notebooks, capsys):
         (["run", "0", "-p", "seed", "2020-02-31"], "expected YAML, got: day is out of range"),
         (["run", "0", "-p", "seed", "[" * 5000], "expected YAML, got: "),
         (["run", "0", "--out", "notebooks/00_first.ipynb"], "Not a directory: 'notebooks/00_first.ipynb/laptop'"),
-        (["run", "--profile", "labtop"], "expected a profile, got 'labtop'; near: laptop"),
+        (["run", "--profile", "labtop"], "expected a profile, got 'labtop'; near: laptop; also: gpu, smoke"),
         (["run", "--in-place", "--profile", "smoke"], "expected --in-place without"),
     ],
 )

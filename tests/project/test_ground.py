@@ -122,7 +122,8 @@ def test_what_the_system_refuses_names_the_place(tmp_path):
 @pytest.mark.parametrize(
     ("name", "known", "message"),
     [
-        ("q_prj", ["v_proj", "q_proj", "up"], "got 'q_prj'; near: q_proj, v_proj"),
+        ("q_prj", ["v_proj", "q_proj", "up"], "got 'q_prj'; near: q_proj, v_proj; also: up"),
+        ("q_prj", ["v_proj", "q_proj", "up", "gate", "down"], "got 'q_prj'; near: q_proj, v_proj"),
         ("xyz", {"a": 1, "b": 2}, "got 'xyz'; known: a, b"),
         ("x", [], "got 'x'; known: none"),
     ],

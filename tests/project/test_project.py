@@ -112,6 +112,11 @@ def test_make_lists_every_target():
     assert make_targets() == set(phony.split()) == set(re.findall(r"^([a-z]+):.*## ", read("Makefile"), re.MULTILINE))
 
 
+def test_make_lab_takes_options_for_jupyterlab():
+    printed = subprocess.run(["make", "-n", "lab", "LAB=--allow-root"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "jupyter lab notebooks --allow-root" in printed
+
+
 def test_make_and_lorakit_give_kernels_the_same_environment():
     assert dict(re.findall(r"^export (\w+) := (.*)", read("Makefile"), re.MULTILINE)) == KERNEL_ENV
 

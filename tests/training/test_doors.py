@@ -1,6 +1,7 @@
 """What cannot be meant is refused at every door, in one line, before anything is done."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ TEXTS, LONG, STRANGE = examples(4), [Example([3] * 33, [3] * 33)], [Example([3, 
 NAN, INF, QUIET = math.nan, math.inf, {"show": False}
 
 
+@Sequence.register
+class Stream:
+    """Examples that come one after the other, and cannot be read by number."""
+
+    def __iter__(self):
+        return iter(TEXTS)
+
+
 def with_nan():
     model = adapted("llama")
     next(iter(adapters(model).values())).A.data[0, 0] = NAN
@@ -66,6 +75,7 @@ BAD = {
     "fit ratio 0": lambda: fit(adapted("llama"), TEXTS, steps=1, loraplus_ratio=0.0, **QUIET),
     "fit too long": lambda: fit(adapted("llama"), LONG, steps=1, **QUIET),
     "fit unknown tokens": lambda: fit(adapted("llama"), STRANGE, steps=1, **QUIET),
+    "fit a stream": lambda: fit(adapted("llama"), Stream(), steps=1, **QUIET),
     "fit no language model": lambda: fit(torch.nn.Sequential(torch.nn.Linear(2, 2)), TEXTS, steps=1, **QUIET),
     "fit_many lr nan": lambda: many(lr=NAN),
     "fit_many lr -1": lambda: many(lr=-1.0),

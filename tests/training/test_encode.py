@@ -218,6 +218,11 @@ def test_a_token_across_a_border_is_divided_as_generation_sees_it():
     assert in_parts(tokenizer, ["x", "ab"]) == [ids[0][:1], ab]
 
 
+def test_words_without_a_token_are_named_one_by_one(spaced):
+    with pytest.raises(ValueError, match="expected words that the tokenizer knows, got 'x', 'y'"):
+        encode_row(spaced, {"prompt": "a x", "completion": "y"})
+
+
 def test_rows_are_read_from_a_file(tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"messages": [{"role": "user"}]}\n')
     pair, talk = read_rows(tmp_path / "chat.jsonl")
