@@ -16,7 +16,7 @@ When you compare with a machine:
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from lorakit._numbers import check_integer
 from lorakit._suggest import near_names
 from lorakit.cost.configs import find_config
 from lorakit.cost.fake_step import compute_formulas, quantize, rehearse
-from lorakit.models.inject import inject
+from lorakit.layers.config import LoRAConfig
+from lorakit.models.coverage import by_kind, unusual
+from lorakit.models.inject import put_in, without_adapter
 
 METHODS = {"full": 0, "lora": 0, "lora-8bit": 8, "qlora": 4}  # bits of a frozen linear layer's weight; 0: as they are
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,6 +70,8 @@ class Budget:
     checkpoint_bytes: int  # of a file with what was trained
     forward_flops: int  # of matrix products
     backward_flops: int
+    left_out: dict[str, int] = field(default_factory=dict)  # kind, such as routers -> its numbers without an adapter
+    not_quantised: dict[str, int] = field(default_factory=dict)  # kind, such as experts -> its numbers in `dtype` still
 
     @property
     def peak_bytes(self) -> int:
@@ -135,12 +139,16 @@ def budget(
     if batch_size < 1 or not 1 <= tokens <= context:
         raise ValueError(f"expected batch_size >= 1 and 1 <= tokens <= {context}, got {batch_size} and {tokens}")
 
+    left, wide = dict[str, int](), dict[str, int]()
+
     def prepare(network: nn.Module) -> None:
         if METHODS[method]:
             quantize(network, METHODS[method], double_quant)
+            wide.update(unusual(by_kind(network, lambda name, key: False)))
         if method != "full":
-            # the scale does not matter here
-            compute_formulas(inject(network, rank, rank, targets, **(by_layer or {})))
+            put_in(network, LoRAConfig(rank, rank, targets=targets, **(by_layer or {})))  # any scale will do here
+            compute_formulas(network)
+            left.update(unusual(without_adapter(network), without=["linear layers"]))
 
     kernel = {"attn_implementation": attention} if attention else {}
     step = rehearse(config, DTYPES[dtype], (batch_size, tokens), prepare, checkpointing, **kernel)
@@ -162,6 +170,8 @@ def budget(
         checkpoint_bytes=sum(p.nbytes for p in step.trained),
         forward_flops=step.forward_flops,
         backward_flops=step.ledger.flops - step.forward_flops,
+        left_out=left,
+        not_quantised=wide,
     )
 
 
@@ -183,6 +193,8 @@ def table(budgets: Sequence[Budget]) -> str:
         "file of what was trained": [_bytes(b.checkpoint_bytes) for b in budgets],
         "forward pass": [_flops(b.forward_flops) for b in budgets],
         "backward pass": [_flops(b.backward_flops) for b in budgets],
+        **_left(budgets, "no adapter", "left_out"),
+        **_left(budgets, "not quantised", "not_quantised"),
     }
     return "\n".join([title, *(f"{name:<25}{''.join(f'{v:>17}' for v in row)}".rstrip() for name, row in rows.items())])
 
@@ -191,6 +203,16 @@ def _moment(done: int, forward: int, total: int) -> str:
     backward = done >= forward
     share = (done - forward) / (total - forward) if backward else done / forward
     return f"{'backward' if backward else 'forward'}, {share:.0%}"
+
+
+def _left(budgets: Sequence[Budget], what: str, field: str) -> dict[str, list[str]]:
+    """A row for each kind of weight that some method passes over: its share of the parameters."""
+    kinds = dict.fromkeys(kind for b in budgets for kind in getattr(b, field))
+    numbers = {kind: [getattr(b, field).get(kind, 0) for b in budgets] for kind in kinds}
+    return {
+        f"{what}: {kind}": [f"{100 * n / b.parameters:.2g} %" if n else "-" for n, b in zip(row, budgets, strict=True)]
+        for kind, row in numbers.items()
+    }
 
 
 def _bytes(n: int) -> str:

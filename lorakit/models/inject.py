@@ -1,9 +1,10 @@
 """Put adapters into any model, count what trains, and take them out again: merged or removed."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
@@ -12,6 +13,7 @@ from lorakit._random import alone
 from lorakit.layers.adapter import is_adapter
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
+from lorakit.models.coverage import USUAL, Kinds, by_kind, unusual
 from lorakit.models.targets import chosen_layers, named_modules
 
 FIELDS = (  # of a LoRAConfig, by their names in `inject`
@@ -26,6 +28,7 @@ class Count:
 
     trainable: int
     total: int
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)  # kind -> its numbers without an adapter
 
     @property
     def percent(self) -> float:
@@ -33,7 +36,9 @@ class Count:
         return 100 * self.trainable / self.total
 
     def __str__(self) -> str:
-        return f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.2f} %)"
+        rest = ", ".join(f"{kind} {n:,}" for kind, n in self.left_out.items() if kind not in (*USUAL, "linear layers"))
+        words = f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.2f} %)"
+        return f"{words}; without an adapter: {rest}" if rest else words
 
 
 def check_module(model: nn.Module) -> None:
@@ -43,10 +48,21 @@ def check_module(model: nn.Module) -> None:
 
 
 def count(model: nn.Module) -> Count:
-    """Counts the trainable and all parameters of a model, adapters included."""
+    """Counts the trainable and all parameters of a model, adapters included, and what has no adapter, by kind."""
     check_module(model)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return Count(sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes))
+    left = {kind: sum(of.values()) for kind, of in without_adapter(model).items()}
+    return Count(sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes), left)
+
+
+def without_adapter(model: nn.Module) -> Kinds:
+    """The parameters that no adapter changes, by kind; none in a model without adapters."""
+    layers = adapters(model)
+
+    def is_reached(name: str, key: str) -> bool:
+        return name in layers and key in getattr(layers[name], "settings", (key,))
+
+    return by_kind(model, is_reached) if layers else {}
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -166,7 +182,8 @@ def inject(
             `layers_to_transform` and `target_parameters`; and what other classes have more.
 
     Returns:
-        the same model; `count` says how many of its parameters train.
+        the same model; `count` says how many of its parameters train, and what has no adapter. Of "all-linear" that is
+        printed as well, a line for each kind but embeddings, output head, norms and biases.
 
     Raises:
         ValueError: the model carries adapters, a target matches nothing, or a setting is out of range. The model is
@@ -181,7 +198,23 @@ def inject(
         )
     else:
         config = rank
+    put_in(model, config)
+    if config.targets == "all-linear":
+        _tell(without_adapter(model))
+    return model
+
+
+def put_in(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """As `inject`, without a word."""
     check_plain(model)
     chosen = chosen_layers(model, config)
     with alone:  # another thread's training has the random state while it draws
         return wrap(model, chosen, lambda name, base: config.make(name, base, chosen[name]))
+
+
+def _tell(left: Kinds) -> None:
+    """Says what "all-linear" has left out, a line for each kind that one would not expect."""
+    for kind, number in unusual(left, without=["linear layers"]).items():
+        first, *others = left[kind]
+        where = f"in {first} and {len(others)} more" if others else f"in {first}"
+        print(f"lorakit: without an adapter: {kind}, {number:,} parameters {where}", file=sys.stderr)

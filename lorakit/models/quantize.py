@@ -1,6 +1,7 @@
 """A model's linear layers in four bits, and back."""
 
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,16 +12,18 @@ from lorakit._suggest import near_names
 from lorakit.layers.bases import FLOATS, dense_weight, is_plain, storage_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
 from lorakit.layers.nf4_linear import NF4Linear
+from lorakit.models.coverage import by_kind, unusual
 from lorakit.models.inject import adapters, check_module, check_plain, replace, shared_weights
-from lorakit.models.targets import find_targets, named_modules
+from lorakit.models.targets import find_targets, named_modules, plain_modules
 
 
 def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings) -> nn.Module:
     """Replaces linear layers by NF4Linear, in place, one by one: never more than one weight is there twice.
 
     Adapters come afterwards: `lorakit.inject(quantize_model(model), rank, alpha)` is QLoRA. What is not replaced keeps
-    its dtype: embeddings, norms, the output head. In a model that has adapters already, the bases under them are
-    replaced: for PiSSA, whose residual suffers less from rounding than the weight.
+    its dtype: embeddings, norms, the output head; and experts that are parameters and no layers, which are most of a
+    mixture: a line that is printed says what share that is. In a model that has adapters already, the bases under them
+    are replaced: for PiSSA, whose residual suffers less from rounding than the weight.
 
     Args:
         model: plain, or with lorakit's adapters and all of their bases to be quantised; on any device.
@@ -63,7 +66,24 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         NF4Linear(trial, **settings)  # settings out of range are refused before anything is replaced
     for each in layers.values():
         replace(model, {each: NF4Linear(each, **settings)})
+    if targets == "all-linear":
+        _tell(model)
     return model
+
+
+def _tell(model: nn.Module) -> None:
+    """Says what share of a model is in no four bits, if that is more than one would expect."""
+    four = {name: m for name, m in plain_modules(model) if isinstance(m, NF4Linear) or is_linear4bit(m)}
+    left = by_kind(model, lambda name, key: name in four and key != "bias")
+    if kinds := unusual(left):
+        words = ", ".join(f"{kind} {number:,}" for kind, number in kinds.items())
+        rest = sum(sum(of.values()) for of in left.values())
+        total = rest + sum(layer.out_features * layer.in_features for layer in four.values())
+        share = 100 * rest / total
+        print(
+            f"lorakit: not in four bits: {words}; in all {rest:,} of {total:,} parameters ({share:.0f} %)",
+            file=sys.stderr,
+        )
 
 
 @torch.no_grad()

@@ -126,8 +126,9 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
         targets = names
     layers = linear_layers(model)
     if isinstance(targets, str) and targets == "all-linear":
-        left = [*output_heads(model), *routers(model, layers)]
-        chosen = [name for name, module in layers.items() if not any(module is each for each in left)]
+        heads, blocks = output_heads(model), expert_blocks(model)
+        chosen = [name for name, module in layers.items() if not any(module is head for head in heads)]
+        chosen = [name for name in chosen if not (blocks and is_router(name, linear_shape(layers[name])[0], blocks))]
         if not chosen:
             raise ValueError(f"expected linear layers in the model, got none in {type(model).__name__}")
         return chosen
@@ -225,20 +226,23 @@ def _parameters(module: nn.Module) -> list[str]:
     return [*own, *(["weight"] if "weight" not in own and is_known(module) else [])]
 
 
-def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """Those of the linear layers that choose among experts: beside them in a block, with one output for each."""
+def expert_blocks(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """The blocks that are mixtures, by name: the name of the experts in it, and how many they are."""
     modules = dict(plain_modules(model))
     experts = {name: len(modules[name].get_parameter(keys[0])) for name, keys in find_experts(model).items()}
     for name, module in modules.items():
         if isinstance(module, nn.ModuleList) and "expert" in name.rsplit(".", 1)[-1]:
             experts[name] = len(module)
-    blocks = {name.rpartition(".")[0]: (name, number) for name, number in experts.items()}
-    found = []
-    for name, layer in layers.items():
-        for own, number in (blocks[each] for each in parents(name) if each in blocks):
-            if linear_shape(layer)[0] == number and own not in parents(name):
-                found.append(layer)
-    return found
+    return {name.rpartition(".")[0]: (name, number) for name, number in experts.items()}
+
+
+def is_router(name: str, outputs: int, blocks: Mapping[str, tuple[str, int]]) -> bool:
+    """True for a layer that chooses among experts: in a block with them, with one output for each."""
+    around = parents(name)
+    return any(
+        outputs == number and experts not in (*around, name)
+        for experts, number in (blocks[each] for each in around if each in blocks)
+    )
 
 
 def parents(name: str) -> list[str]:

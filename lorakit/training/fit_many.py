@@ -13,7 +13,7 @@ from lorakit.layers.config import LoRAConfig
 from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
 from lorakit.layers.multi_lora import LoRAStack
-from lorakit.models.inject import adapters, check_plain, inject, replace, wrap
+from lorakit.models.inject import adapters, check_plain, put_in, replace, wrap
 from lorakit.models.merge import remove
 from lorakit.models.targets import named_modules
 from lorakit.training.batch import Example, check_examples
@@ -121,7 +121,7 @@ def fit_many(
 def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
     """The adapters that `inject` makes with this seed, taken out of the model again."""
     with seeded(spec.seed):
-        inject(model, spec.config)
+        put_in(model, spec.config)
     layers = adapters(model)
     remove(model)
     if experts := [name for name, layer in layers.items() if isinstance(layer, LoRAExperts)]:

@@ -340,6 +340,20 @@ def test_experts_are_counted():
     assert found.forward_flops == ROWS * TOKENS * (2 * active + attention)
     with pytest.raises(ValueError, match="expected shapes that follow from the config, got 'qwen3_moe'"):
         budget(config, "full", tokens=TOKENS)
+    rank, both = 8, {"dtype": "bfloat16", "batch_size": ROWS, "tokens": TOKENS}
+    lora, qlora = budget(config, "lora", rank=rank, **both), budget(config, "qlora", rank=rank, **both)
+    attention = rank * (4 * WIDTH + (4 + 2 * 2 + 4) * 16)
+    one = rank * ((WIDTH + 2 * 32) + (32 + WIDTH))
+    assert lora.trained == LAYERS * (attention + 8 * one)
+    assert lora.forward_flops == found.forward_flops + ROWS * TOKENS * 2 * LAYERS * (attention + 2 * one)
+    assert lora.backward_flops < found.backward_flops
+    experts, routers = LAYERS * 8 * 3 * WIDTH * 32, LAYERS * 8 * WIDTH
+    assert (lora.left_out, lora.not_quantised) == ({"routers": routers}, {})
+    assert qlora.not_quantised == {"experts": experts, "routers": routers}
+    assert qlora.peak["weights"] > 2 * experts
+    rows = [line.split() for line in str(qlora).splitlines() if line.startswith("not quantised")]
+    assert [row[2] for row in rows] == ["experts", "routers"]
+    assert "not quantised" not in str(budget(CONFIGS["llama"](), "qlora", batch_size=1, tokens=4))
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gemma3"])
