@@ -15,9 +15,11 @@ from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear, checked_scale
-from lorakit.models.inject import adapters, check_plain, wrap
+from lorakit.layers.named_adapters import NamedAdapters
+from lorakit.models.inject import adapters, check_plain, grads_kept, wrap
 from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter
 from lorakit.models.save_load import FACTORS, PREFIX, without_wrappers
+from lorakit.models.several import add_adapter
 from lorakit.models.targets import is_target, named_modules
 
 # what a layer may have in a file: its factors, and the base's own tensors, as PEFT writes those of an output head
@@ -70,8 +72,13 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     return {name: Update(scale * _wide(B, A), _wide(A, B)) for name, (A, B, scale) in found.items()}
 
 
-def attach(model: nn.Module, updates: Updates) -> nn.Module:
+def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Module:
     """Puts updates into a plain model as LoRALinear layers of scale 1, to be run, saved, merged or trained.
+
+    Args:
+        model: plain; or with named adapters, if these updates get a name too.
+        updates: by the names of the model's layers.
+        name: as for `add_adapter`: they answer when they are chosen. None for the model's only adapter.
 
     Returns:
         the same model.
@@ -79,24 +86,28 @@ def attach(model: nn.Module, updates: Updates) -> nn.Module:
     Raises:
         ValueError: the model carries adapters, lacks a layer, or has it in another shape. The model is then as it was.
     """
-    check_plain(model)
-    modules = dict(named_modules(model))
-    for name, update in updates.items():
+    if name is None:
+        check_plain(model)
+    modules = {key: each.base if isinstance(each, NamedAdapters) else each for key, each in named_modules(model)}
+    for key, update in updates.items():
         try:
-            shape = linear_shape(modules[name])
+            shape = linear_shape(modules[key])
         except (KeyError, ValueError):
-            raise ValueError(f"expected linear layers of the model, got {name!r}") from None
+            raise ValueError(f"expected linear layers of the model, got {key!r}") from None
         if shape != update.shape:
-            raise ValueError(f"expected an update of shape {shape} for layer {name!r}, got {update.shape}")
+            raise ValueError(f"expected an update of shape {shape} for layer {key!r}, got {update.shape}")
 
-    def make(name: str, base: nn.Module) -> LoRALinear:
-        layer = LoRALinear(base, updates[name].rank, float(updates[name].rank))
+    def make(key: str, base: nn.Module) -> LoRALinear:
+        layer = LoRALinear(base, updates[key].rank, float(updates[key].rank))
         with torch.no_grad():
-            layer.A.copy_(updates[name].A)
-            layer.B.copy_(updates[name].B)
+            layer.A.copy_(updates[key].A)
+            layer.B.copy_(updates[key].B)
         return layer
 
-    return wrap(model, updates, make)
+    if name is None:
+        return wrap(model, updates, make)
+    with grads_kept(model):
+        return add_adapter(model, name, {key: make(key, modules[key]) for key in updates})
 
 
 def _wide(tensor: Tensor, other: Tensor) -> Tensor:

@@ -247,3 +247,21 @@ def test_files_of_other_layers_are_refused(tmp_path):
     theirs.save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="expected lora_A and lora_B of linear layers"):
         read_updates(tmp_path)
+
+
+def test_a_sum_is_served_beside_its_parts(two):
+    base, models, folders = two
+    total, served = linear([read_updates(folder) for folder in folders], [1.0, 0.5]), copy.deepcopy(base)
+    want = {"sum": logits_of(attach(copy.deepcopy(base), total), "llama")}
+    for k, (model, folder) in enumerate(zip(models, folders, strict=True)):
+        want[f"part {k}"] = logits_of(model, "llama")
+        lorakit.add_adapter(served, f"part {k}", folder)
+    attach(served, total, "sum")
+    with lorakit.using_adapters(served, ["sum", "part 1"]):
+        found = logits_of(served, "llama")
+    torch.testing.assert_close(found, torch.stack([want["sum"][0], want["part 1"][1]]), rtol=0, atol=1e-5)
+    for name, words in ((None, "expected a plain model"), ("sum", "expected a new name, got 'sum'")):
+        with pytest.raises(ValueError, match=words):
+            attach(served, total, name)
+    for name, logits in want.items():
+        torch.testing.assert_close(logits_of(lorakit.set_adapter(served, name), "llama"), logits, rtol=0, atol=1e-5)

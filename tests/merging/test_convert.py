@@ -73,7 +73,10 @@ def change(theirs, base):
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+LONG = ("lora", "adalora", "lokr", "vera", "boft", "hra", "miss")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.long if m in LONG else ()) for m in METHODS])
 def test_an_update_of_any_method_is_cut_to_the_nearest_of_a_rank(base, tmp_path, method):
     config, largest = METHODS[method]
     theirs = saved(base, tmp_path / "adapter", config())
@@ -113,7 +116,7 @@ def test_each_layer_gets_the_smallest_rank_that_keeps_the_share(base, tmp_path):
 
 
 @pytest.mark.parametrize("layer", [lorakit.LoRALinear, lorakit.DoRALinear, lorakit.PiSSALinear])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
 def test_lorakits_own_adapters_are_converted_without_peft(tmp_path, monkeypatch, name, layer):
     model = build(name)
     model.save_pretrained(tmp_path / "base")

@@ -71,7 +71,10 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama-biased-tied", "gemma2", "phi3", "gpt2", "opt", "bert", "t5"])
+FAMILIES = ["gpt2", "opt", "t5", *(pytest.param(n, marks=pytest.mark.long) for n in ("gemma2", "phi3", "bert"))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_it_answers_as_pefts_adapters_do(tmp_path, name):
     base = build(name)
     theirs, ours, plain = by_peft(base, tmp_path), with_both(base, tmp_path), logits_of(base, name)
