@@ -1,4 +1,4 @@
-"""The programs of the README's section "In your own script" run as they stand, each in a folder with what they name."""
+"""The README's programs of "In your own script" run as they stand; its table of what works with what is tried."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import works_with
 from helpers.architectures import GQA, TINY
 from helpers.chat import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,6 +51,12 @@ def shortened(program):
     return re.sub(
         r"(steps|_every)(=|\": )(\d+)", lambda found: f"{found[1]}{found[2]}{max(1, int(found[3]) // 200)}", program
     )
+
+
+def test_what_works_with_what_is_as_the_table_says():
+    """`python tests/works_with.py` writes the table anew."""
+    printed = README.partition(works_with.BEGIN)[2].partition(works_with.END)[0].strip().splitlines()
+    assert printed == works_with.table().splitlines()
 
 
 def test_the_section_has_programs():
