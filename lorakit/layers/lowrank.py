@@ -155,16 +155,16 @@ def factored_singular_values(B: Float[Tensor, "d_out rank"], A: Float[Tensor, "r
 
 
 def factored_svd(
-    B: Float[Tensor, "d_out rank"], A: Float[Tensor, "rank d_in"]
-) -> tuple[Float[Tensor, "d_out n"], Float[Tensor, " n"], Float[Tensor, "n d_in"]]:
+    B: Float[Tensor, "*stack d_out rank"], A: Float[Tensor, "*stack rank d_in"]
+) -> tuple[Float[Tensor, "*stack d_out n"], Float[Tensor, "*stack n"], Float[Tensor, "*stack n d_in"]]:
     """The SVD `U diag(S) Vh` of `B A` without the product, in the factors' dtype; n is at most the rank.
 
     With `B = Q R` and `A' = P T`, it is that of the small matrix in `B A = Q (R T') P'`: O(d rank^2) for widths d.
     """
     Q, R = torch.linalg.qr(B)  # (d_out, n), (n, rank)
-    P, T = torch.linalg.qr(A.T)  # (d_in, m), (m, rank)
-    U, S, Vh = torch.linalg.svd(R @ T.T, full_matrices=False)
-    return Q @ U, S, Vh @ P.T
+    P, T = torch.linalg.qr(A.mT)  # (d_in, m), (m, rank)
+    U, S, Vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
+    return Q @ U, S, Vh @ P.mT
 
 
 def count_intruders(

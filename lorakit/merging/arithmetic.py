@@ -35,8 +35,8 @@ def linear(updates: Sequence[Updates], weights: Sequence[float]) -> dict[str, Up
     _check(updates, weights)
     found = {}
     for name, parts in _by_layer(updates, weights).items():
-        B, A = torch.cat([weight * part.B for weight, part in parts], dim=1), torch.cat([part.A for _, part in parts])
-        found[name] = Update(B, A)
+        B = torch.cat([weight * part.B for weight, part in parts], dim=-1)
+        found[name] = Update(B, torch.cat([part.A for _, part in parts], dim=-2))
     return found
 
 
@@ -58,10 +58,12 @@ def compress(updates: Updates, rank: int) -> dict[str, Update]:
     return {name: _compressed(update, rank) for name, update in updates.items()}
 
 
-def from_svd(U: Float[Tensor, "d_out n"], S: Float[Tensor, " n"], Vh: Float[Tensor, "n d_in"], rank: int) -> Update:
+def from_svd(
+    U: Float[Tensor, "*stack d_out n"], S: Float[Tensor, "*stack n"], Vh: Float[Tensor, "*stack n d_in"], rank: int
+) -> Update:
     """The change of `U diag(S) Vh` cut to a rank; B and A get equal shares of the singular values."""
-    root = S[:rank].sqrt()
-    return Update(U[:, :rank] * root, root[:, None] * Vh[:rank])
+    root = S[..., :rank].sqrt()
+    return Update(U[..., :rank] * root[..., None, :], root[..., None] * Vh[..., :rank, :])
 
 
 def ties(updates: Sequence[Updates], weights: Sequence[float], density: float, rank: int) -> dict[str, Update]:
@@ -148,7 +150,7 @@ def _compressed(update: Update, rank: int) -> Update:
 def _check(updates: Sequence[Updates], weights: Sequence[float]) -> None:
     if not updates or len(updates) != len(weights) or not all(map(math.isfinite, weights)):
         raise ValueError(f"expected a finite weight for each adapter, got {len(updates)} and {list(weights)}")
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, update in ((name, update) for each in updates for name, update in each.items()):
         if shapes.setdefault(name, update.shape) != update.shape:
             raise ValueError(f"expected adapters of one model, got {shapes[name]} and {update.shape} for {name!r}")

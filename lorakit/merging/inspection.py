@@ -14,9 +14,10 @@ from torch import Tensor
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import checked_scale
 from lorakit.layers.lowrank import effective_rank, factored_singular_values
-from lorakit.merging.serving import Extra, Served, served_by
+from lorakit.merging.serving import EXPERTS, Extra, Served, served_by
 from lorakit.models.peft_files import CONFIG, WEIGHTS, AdapterError, as_config, digest, read_both
 from lorakit.models.save_load import PREFIX
+from lorakit.models.targets import is_target
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what rank and scale follow from
@@ -24,10 +25,10 @@ EXTRA_KINDS = (  # what a tensor that is no factor is: the first part of a name 
     ("trainable_tokens_delta", "token rows"),
     ("lora_B.bias", "bias of B"),
     (".bias", "bias"),
+    (".lora_", EXPERTS),
     (".base_layer.", "the base's own weight"),
     ("embed", "whole embeddings"),
     ("lm_head", "whole output head"),
-    (".lora_", "factors of experts"),
 )
 
 
@@ -154,7 +155,7 @@ def _sort(
         if A is None or B is None or A.shape[0] != B.shape[1]:
             problems.append(f"{name} has no pair of factors, but {', '.join(keys.values())}")
             continue
-        if file.get("target_parameters") and A.shape[0] != _config(file).at(name)[0]:
+        if file.get("target_parameters") and A.shape[0] != _at(name, file)[0]:
             continue  # those of many experts in one, whose product is no update
         for key in keys.values():
             del rest[key]
@@ -171,7 +172,7 @@ def _magnitude(name: str, keys: Iterable[str]) -> str:
 
 
 def _wrong_ranks(layers: Iterable[Layer], file: Mapping[str, Any]) -> list[str]:
-    pairs = [(each, _config(file).at(each.name)[0]) for each in layers]
+    pairs = [(each, _at(each.name, file)[0]) for each in layers]
     return [f"{each.name} has rank {each.rank}, its settings say {rank}" for each, rank in pairs if each.rank != rank]
 
 
@@ -185,7 +186,7 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _layer(name: str, factors: Factors, file: Mapping[str, Any], embedding: bool) -> Layer:
     config = _config(file)
-    rank, alpha = factors.A.shape[0], config.at(name)[1]
+    rank, alpha = factors.A.shape[0], _at(name, file)[1]
     scale = checked_scale(rank, alpha, scale_rule=config.scale_rule)
     B, A = factors.B.double(), factors.A.double()
     norm = effective = None
@@ -195,6 +196,12 @@ def _layer(name: str, factors: Factors, file: Mapping[str, Any], embedding: bool
         effective = effective_rank(values) if norm > 0 else 0.0
     shape = (B.shape[0], A.shape[1])
     return Layer(name, name.rsplit(".", 1)[-1], shape, rank, alpha, scale, norm, effective, embedding)
+
+
+def _at(name: str, file: Mapping[str, Any]) -> tuple[int, float]:
+    """Rank and alpha of a layer, which the settings may name by its weight."""
+    weight = f"{name}.weight"
+    return _config(file).at(weight if is_target(weight, file.get("target_parameters") or ()) else name)
 
 
 def _config(file: Mapping[str, Any]) -> LoRAConfig:

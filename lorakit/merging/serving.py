@@ -27,6 +27,8 @@ PEFT_PAGE = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
 VLLM_RANK_PAGE = "https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/"
 VLLM_HELPER = f"{VLLM}/blob/main/vllm/lora/peft_helper.py"
 CONVERTER = f"{LLAMA_CPP}/blob/master/convert_lora_to_gguf.py"
+VLLM_EXPERTS = "https://huggingface.co/docs/peft/main/en/developer_guides/lora#moe-expert-parameters-and-vllm"
+EXPERTS = "factors of experts"  # the kind of what LoRA holds of parameters
 LLAMA_SCALE = f"{LLAMA_CPP}/pull/8332"
 
 
@@ -91,6 +93,8 @@ def _vllm_objections(
         yield "trained biases are refused", VLLM_HELPER
     if rows := [part for part in extra if part.kind == "token rows"]:
         yield f"{rows[0].key} is an unsupported weight", f"{VLLM}/issues/36501"
+    if any(part.kind == EXPERTS for part in extra):
+        yield "experts of one parameter fit those of its models that say is_3d_moe_weight, and no others", VLLM_EXPERTS
     if extra:
         yield f"{extra[0].key} is an unsupported weight", f"{VLLM}/issues/9280"
     if ranks and max(ranks) > VLLM_RANKS[-1]:
@@ -115,6 +119,8 @@ def _llama_objections(
         yield f"{file['peft_type']} is no LoRA", CONVERTER
     if file.get("use_dora"):
         yield "DoRA's magnitudes are refused", f"{LLAMA_CPP}/issues/6536"
+    if any(part.kind == EXPERTS for part in extra):
+        yield "it takes layers, and experts are parameters", CONVERTER
     if strange := [part for part in extra if "norm" not in part.key]:  # norms are kept
         yield f"{strange[0].key} is neither lora_A nor lora_B", f"{LLAMA_CPP}/issues/11554"
     alpha = file.get("lora_alpha") or 0

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.config import LoRAConfig
+from lorakit.layers.experts import LoRAExperts, stack_shape
 from lorakit.layers.lora import LoRALinear, checked_scale
-from lorakit.layers.named_adapters import NamedAdapters
 from lorakit.models.inject import adapters, check_plain, grads_kept, wrap
 from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter
 from lorakit.models.save_load import FACTORS, PREFIX, without_wrappers
 from lorakit.models.several import add_adapter
-from lorakit.models.targets import is_target, named_modules
+from lorakit.models.targets import is_target, plain_modules
 
 # what a layer may have in a file: its factors, and the base's own tensors, as PEFT writes those of an output head
 EACH = "|".join(map(re.escape, (*FACTORS, "base_layer.weight", "base_layer.bias")))
@@ -28,35 +28,39 @@ EACH = "|".join(map(re.escape, (*FACTORS, "base_layer.weight", "base_layer.bias"
 
 @dataclass(frozen=True)
 class Update:
-    """The change of one weight by its factors: `dW = B A`, with the scale in B; `rank` may be any."""
+    """The change of one weight by its factors: `dW = B A`, with the scale in B; `rank` may be any.
 
-    B: Float[Tensor, "d_out rank"]
-    A: Float[Tensor, "rank d_in"]
+    Of a parameter, such as that of all experts, it is a stack of changes, one for each.
+    """
+
+    B: Float[Tensor, "*stack d_out rank"]
+    A: Float[Tensor, "*stack rank d_in"]
 
     @property
     def rank(self) -> int:
         """How many columns B has; the matrix's rank may be less."""
-        return self.B.shape[1]
+        return self.B.shape[-1]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """d_out and d_in."""
-        return self.B.shape[0], self.A.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """d_out and d_in; of a stack, the number of experts before them."""
+        return *self.B.shape[:-1], self.A.shape[-1]
 
     @property
-    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+    def matrix(self) -> Float[Tensor, "*stack d_out d_in"]:
         """The change itself."""
         return self.B @ self.A
 
 
-Updates = Mapping[str, Update]  # by the name of the layer
+Updates = Mapping[str, Update]  # by the name of the layer, or of the parameter
 
 
 def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     """The changes that a model's adapters make, or those of a saved adapter, lorakit's or PEFT's, without its model.
 
     Args:
-        source: a model with LoRA's or PiSSA's layers, or a folder; any rank, alpha and scale rule by layer.
+        source: a model with LoRA's or PiSSA's layers, or a folder; any rank, alpha and scale rule by layer. A folder
+            does not say which of its factors are which expert parameter's; `load_adapter(model, folder)` knows.
 
     Returns:
         layer -> its change, detached, in float32 or wider.
@@ -73,11 +77,11 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
 
 
 def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Module:
-    """Puts updates into a plain model as LoRALinear layers of scale 1, to be run, saved, merged or trained.
+    """Puts updates into a plain model as adapters of scale 1, to be run, saved, merged or trained.
 
     Args:
         model: plain; or with named adapters, if these updates get a name too.
-        updates: by the names of the model's layers.
+        updates: by the names of the model's layers, or of parameters such as experts'.
         name: as for `add_adapter`: they answer when they are chosen. None for the model's only adapter.
 
     Returns:
@@ -88,26 +92,43 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
     """
     if name is None:
         check_plain(model)
-    modules = {key: each.base if isinstance(each, NamedAdapters) else each for key, each in named_modules(model)}
+    modules = dict(plain_modules(model))
+    places = {key: _place(modules, key) for key in updates}
     for key, update in updates.items():
+        module, parameter = places[key]
         try:
-            shape = linear_shape(modules[key])
-        except (KeyError, ValueError):
+            base = modules[module]
+            shape: tuple[int, ...] = stack_shape(base, parameter) if parameter else linear_shape(base)
+        except (KeyError, ValueError, AttributeError):
             raise ValueError(f"expected linear layers of the model, got {key!r}") from None
         if shape != update.shape:
             raise ValueError(f"expected an update of shape {shape} for layer {key!r}, got {update.shape}")
 
-    def make(key: str, base: nn.Module) -> LoRALinear:
-        layer = LoRALinear(base, updates[key].rank, float(updates[key].rank))
+    def make(module: str, base: nn.Module) -> nn.Module:
+        own = {parameter: updates[key] for key, (of, parameter) in places.items() if of == module}
+        layer: Any
+        if "" in own:
+            layer = LoRALinear(base, own[""].rank, float(own[""].rank))
+            factors = {"": (layer.A, layer.B)}
+        else:
+            layer = LoRAExperts(base, {each: (update.rank, float(update.rank)) for each, update in own.items()})
+            factors = {each: (layer.A[each], layer.B[each]) for each in own}
         with torch.no_grad():
-            layer.A.copy_(updates[key].A)
-            layer.B.copy_(updates[key].B)
+            for each, (A, B) in factors.items():
+                A.copy_(own[each].A)
+                B.copy_(own[each].B)
         return layer
 
+    chosen = dict.fromkeys(module for module, _ in places.values())
     if name is None:
-        return wrap(model, updates, make)
+        return wrap(model, chosen, make)
     with grads_kept(model):
-        return add_adapter(model, name, {key: make(key, modules[key]) for key in updates})
+        return add_adapter(model, name, {key: make(key, modules[key]) for key in chosen})
+
+
+def _place(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
+    """A layer and "", or a module and the name of a parameter in it."""
+    return (name, "") if name in modules else (name.rpartition(".")[0], name.rpartition(".")[2])
 
 
 def _wide(tensor: Tensor, other: Tensor) -> Tensor:
@@ -117,8 +138,11 @@ def _wide(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    found = {}
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
     for name, layer in adapters(model).items():
+        if isinstance(layer, LoRAExperts):
+            found |= {f"{name}.{key}": (layer.A[key], layer.B[key], scale) for key, scale in layer.scales.items()}
+            continue
         if (
             not isinstance(layer, Adapter)
             or (settings := layer.peft_settings()).get("peft_type") != "LORA"
@@ -137,6 +161,11 @@ def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     def check(header: dict[str, Tensor], file: dict[str, Any]) -> None:
         if file.get("use_dora"):
             raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
+        if file.get("target_parameters"):
+            raise ValueError(
+                f"expected LoRA of layers, got target_parameters in {folder.name}, which only their model tells apart: "
+                "read_updates(load_adapter(model, folder))"
+            )
         try:
             keys.update(_pairs(header, as_config(file)))
         except ValueError as error:

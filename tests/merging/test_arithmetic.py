@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.architectures import DIVERSE, build, logits_of
+from helpers.parity import randomise
 from torch import nn
 
 import lorakit
@@ -265,3 +266,31 @@ def test_a_sum_is_served_beside_its_parts(two):
             attach(served, total, name)
     for name, logits in want.items():
         torch.testing.assert_close(logits_of(lorakit.set_adapter(served, name), "llama"), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_add_up_and_shrink_one_by_one(name, tmp_path):
+    plain, one, two = (build(name) for _ in range(3))
+    for seed, model in enumerate((one, two)):
+        randomise(lorakit.inject(model, 2 + seed, 4), seed)
+    first, second = read_updates(one), read_updates(two)
+    expert = "model.layers.1.mlp.experts.down_proj"
+    assert first[expert].shape[0] == 4
+    both = attach(copy.deepcopy(plain), linear([first, second], [1.0, -0.5]))
+    delta = [
+        lorakit.adapters(model)["model.layers.1.mlp.experts"].delta_weight("down_proj") for model in (both, one, two)
+    ]
+    torch.testing.assert_close(delta[0], delta[1] - 0.5 * delta[2], rtol=1e-5, atol=1e-6)
+    close = compress(read_updates(both), 3)[expert]
+    for e in range(4):
+        values = torch.linalg.svdvals(read_updates(both)[expert].matrix[e])
+        torch.testing.assert_close(torch.linalg.svdvals(close.matrix[e])[:3], values[:3], rtol=1e-4, atol=1e-6)
+        assert torch.linalg.matrix_rank(close.matrix[e], rtol=1e-4) == 3
+    assert ties([first, second], [1, 1], 0.5, rank=2)[expert].shape == first[expert].shape
+    lorakit.save_adapter(both, tmp_path)
+    with pytest.raises(ValueError, match=r"read_updates\(load_adapter\(model, folder\)\)"):
+        read_updates(tmp_path)
+    again = attach(copy.deepcopy(plain), read_updates(lorakit.load_adapter(copy.deepcopy(plain), tmp_path)))
+    torch.testing.assert_close(logits_of(again, name), logits_of(both, name), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="expected an update of shape"):
+        attach(build("llama4"), {"model.layers.1.feed_forward.experts.down_proj": first[expert]})

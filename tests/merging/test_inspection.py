@@ -232,3 +232,16 @@ def test_vllm_needs_a_rank_that_it_allows(ranks, needed):
 def test_an_adapter_that_needs_a_changed_base_is_pefts_alone(start, able):
     file = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": start}
     assert [each.able for each in serving.served_by(file, [4], [2.0], [])] == [True, able, able]
+
+
+def test_experts_are_told_apart_from_layers(tmp_path):
+    model = lorakit.inject(build("deepseek-v3"), 2, 4, rank_pattern={"shared_experts.*": 3, "experts.*": 1})
+    randomise(model)
+    found = inspect_adapter(lorakit.save_adapter(model, tmp_path))
+    assert {each.rank for each in found.layers if "shared" in each.name} == {3}
+    assert not [each.name for each in found.layers if each.name.endswith("mlp.experts")]
+    assert {part.kind for part in found.extra} == {"factors of experts"}
+    assert found.problems == ()
+    words = {each.engine: each.reason for each in found.served if not each.able}
+    assert "is_3d_moe_weight" in words["vLLM"]
+    assert "experts are parameters" in words["llama.cpp"]

@@ -8,9 +8,9 @@ from unittest.mock import Mock
 
 import pytest
 import works_with
-from helpers.architectures import GQA, TINY
+from helpers.architectures import EXPERTS, GQA, TINY
 from helpers.chat import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lorakit
 
@@ -29,8 +29,11 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder / "my-model")
-    config = LlamaConfig(**TINY | GQA | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    tokenizer.save_pretrained(folder / "my-mixture")
+    sizes = TINY | GQA | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    config = LlamaConfig(**sizes)
     LlamaForCausalLM(config).save_pretrained(folder / "my-model")
+    MixtralForCausalLM(MixtralConfig(**sizes, **EXPERTS)).save_pretrained(folder / "my-mixture")
     for name in ("sql-adapter", "poem-adapter"):
         lorakit.save_adapter(lorakit.inject(LlamaForCausalLM(config), 2, 4), folder / name)
     pairs = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}<|im_end|>"} for n in range(60)]
