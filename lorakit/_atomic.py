@@ -80,7 +80,7 @@ def draft_beside(place: Path) -> Iterator[Path]:
 
     The drafts of processes that were killed go first: each is locked while somebody works in it.
     """
-    _remove_dead(place.parent)
+    remove_dead(place.parent)
     while True:
         folder = place.with_name(f".{place.name[:100]}.{uuid4().hex}{DRAFTS}")
         folder.mkdir()
@@ -145,7 +145,8 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lorakit.old")
 
 
-def _remove_dead(folder: Path) -> None:
+def remove_dead(folder: Path) -> None:
+    """Removes the drafts that killed processes have left in a folder."""
     if sys.platform == "win32" or not folder.is_dir():
         return
     for name in os.listdir(folder):

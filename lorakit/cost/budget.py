@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._numbers import check_integer
-from lorakit._suggest import near_names
+from lorakit._suggest import check_name
 from lorakit.cost.configs import find_config
 from lorakit.cost.fake_step import compute_formulas, quantize, rehearse
 from lorakit.layers.config import LoRAConfig
@@ -125,19 +125,22 @@ def budget(
     Raises:
         ValueError: a setting is unknown or out of range, or the step's shapes depend on values.
     """
-    name, config = find_config(model)
-    dtype, targets = str(dtype).removeprefix("torch."), targets if isinstance(targets, str) else list(targets)
-    _check_name("a method", method, METHODS)
-    _check_name("a dtype", dtype, DTYPES)
-    _check_name("an optimizer", optimizer, OPTIMIZERS)
+    dtype = str(dtype).removeprefix("torch.")
+    targets = targets if isinstance(targets, str) or not isinstance(targets, Iterable) else list(targets)
+    check_name("a method", method, METHODS)
+    check_name("a dtype", dtype, DTYPES)
+    check_name("an optimizer", optimizer, OPTIMIZERS)
     check_integer("batch_size", batch_size)
     if method != "full":
         check_integer("rank", rank)
+    if not isinstance(attention, str | None):
+        raise ValueError(f"expected attention as a name of transformers', or None, got {attention!r}")
+    name, config = find_config(model)  # which may have to be made: after what is quick to check
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     tokens = int(min(512, context)) if tokens is None else tokens
     check_integer("tokens", tokens)
-    if batch_size < 1 or not 1 <= tokens <= context:
-        raise ValueError(f"expected batch_size >= 1 and 1 <= tokens <= {context}, got {batch_size} and {tokens}")
+    if tokens > context:
+        raise ValueError(f"expected at most {context} tokens, the model's context, got {tokens}")
 
     left, wide = dict[str, int](), dict[str, int]()
 
@@ -224,8 +227,3 @@ def _bytes(n: int) -> str:
 
 def _flops(n: int) -> str:
     return f"{n / 1e12:.2f} TFLOP" if n >= 1e12 else f"{n / 1e9:.2f} GFLOP"
-
-
-def _check_name(what: str, value: str, known: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"expected {what}, {near_names(str(value), known)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lorakit._optional import need, quiet
+from lorakit._words import one_line
 from lorakit.cost.ledger import Ledger
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.fused import frozen_linear
@@ -116,7 +117,10 @@ def _rehearse(
     settings: dict[str, Any],
 ) -> Rehearsal:
     with _fake():
-        model = need("transformers").AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).train()
+        try:
+            model = need("transformers").AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).train()
+        except (ValueError, ImportError) as error:  # an attention that it does not have, or not here
+            raise ValueError(f"expected a model that transformers makes so, got: {one_line(error)}") from error
         model.config.use_cache = False
         parameters, plain = count(model).total, set(model.parameters())
         prepare(model)

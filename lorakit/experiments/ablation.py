@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorakit._random import seeded
+from lorakit._suggest import check_name
 from lorakit.layers.config import LoRAConfig
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
@@ -95,8 +96,7 @@ class Setting:
     layers_pattern: str | Sequence[str] = ()
 
     def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"expected an optimizer of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        check_name("an optimizer", self.optimizer, OPTIMIZERS)
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(
                 f"expected weight_decay with adamw only, got it with {self.optimizer!r}, which sets its own"

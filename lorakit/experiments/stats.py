@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import binomtest, bootstrap, chi2, dunnett, t, ttest_ind
 
+from lorakit._numbers import check_list, is_number
+from lorakit._words import short
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -21,8 +24,10 @@ def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tupl
     Raises:
         ValueError: no answers.
     """
-    if not correct:
-        raise ValueError("expected at least one answer, got none")
+    check_list("answers", correct)
+    _check_confidence(confidence)
+    if not len(correct) or any(answer not in (0, 1) for answer in correct):
+        raise ValueError(f"expected at least one answer, each right or wrong, got {short(correct)}")
     interval = binomtest(sum(correct), len(correct)).proportion_ci(confidence, method="wilson")
     return sum(correct) / len(correct), float(interval.low), float(interval.high)
 
@@ -35,11 +40,22 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     Raises:
         ValueError: fewer than two values, or one that is not finite.
     """
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        raise ValueError(f"expected at least two finite values, got {list(values)}")
+    _check_values(values)
+    _check_confidence(confidence)
     mean = fmean(values)
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def _check_values(values: Any) -> None:
+    check_list("values", values)
+    if len(values) < 2 or not all(is_number(value) and math.isfinite(value) for value in values):
+        raise ValueError(f"expected at least two finite values, got {short(list(values))}")
+
+
+def _check_confidence(confidence: Any) -> None:
+    if not is_number(confidence) or not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, got {short(confidence)}")
 
 
 def deviation_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -88,8 +104,11 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95,
     Raises:
         ValueError: fewer than two values in an arm, one that is not finite, or paired arms of different lengths.
     """
-    if min(len(a), len(b)) < 2 or not all(map(math.isfinite, [*a, *b])) or (paired and len(a) != len(b)):
-        raise ValueError(f"expected two or more finite values an arm, pairs if paired, got {list(a)} and {list(b)}")
+    for values in (a, b):
+        _check_values(values)
+    _check_confidence(confidence)
+    if paired and len(a) != len(b):
+        raise ValueError(f"expected pairs, got {len(a)} values and {len(b)}")
     mean = fmean(a) - fmean(b)
     if paired:
         gaps = [x - y for x, y in zip(a, b, strict=True)]
@@ -111,8 +130,10 @@ def differences_from(
     Raises:
         ValueError: as in `difference`.
     """
+    if not isinstance(arms, Mapping) or not arms:
+        raise ValueError(f"expected arms by name, got {short(arms)}")
     for values in arms.values():
-        difference(values, control)
+        difference(values, control, confidence)
     interval = dunnett(*arms.values(), control=control, random_state=0).confidence_interval(confidence)
     means = [fmean(values) - fmean(control) for values in arms.values()]
     found = zip(means, map(float, interval.low), map(float, interval.high), strict=True)
@@ -133,8 +154,8 @@ def bootstrap_interval(
     Raises:
         ValueError: fewer than two values, or one that is not finite.
     """
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        raise ValueError(f"expected at least two finite values, got {list(values)}")
+    _check_values(values)
+    _check_confidence(confidence)
     whole = float(statistic(values))
     if len(set(values)) == 1:
         return whole, whole, whole
@@ -162,8 +183,8 @@ def optimum(values: Mapping[float, float]) -> Optimum:
     Raises:
         ValueError: no values, or one that is NaN.
     """
-    if not values or any(math.isnan(value) for value in values.values()):
-        raise ValueError(f"expected values, none of them NaN, got {dict(values)}")
+    if not isinstance(values, Mapping) or not values or any(not is_number(v) or v != v for v in values.values()):
+        raise ValueError(f"expected values by their setting, none of them NaN, got {short(values)}")
     at = min(values, key=lambda setting: (-values[setting], setting))
     edge = "only" if len(values) == 1 else {min(values): "lowest", max(values): "highest"}.get(at, "")
     return Optimum(at, values[at], edge)
@@ -196,6 +217,8 @@ def tuned(values: Mapping[float, Sequence[float]]) -> Arm:
     Raises:
         ValueError: fewer than two seeds, settings with different numbers of them, or a value that is not finite.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"expected values by their setting, got {short(values)}")
     rows = {setting: list(row) for setting, row in values.items()}
     seeds = {len(row) for row in rows.values()}
     if len(seeds) != 1 or min(seeds) < 2 or not all(math.isfinite(value) for row in rows.values() for value in row):

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,9 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 
 from lorakit._atomic import draft_beside, named_errors
+from lorakit._numbers import check_integer
 from lorakit._progress import Progress, duration
+from lorakit._words import short
 from lorakit.experiments.circumstances import circumstances
 from lorakit.experiments.records import (
     MOST_JOBS,
@@ -79,11 +81,14 @@ def sweep(
         OSError: nothing can be written into the folder, which is tried before the first run.
     """
     settings, folder = expand(grid), Path(folder)
-    if isinstance(together, str):
+    if isinstance(together, str) or not isinstance(together, Iterable):
         raise ValueError(f"expected a list of parameters for together, got {together!r}")
+    check_integer("at_once", at_once)
+    if not isinstance(command, str):
+        raise ValueError(f"expected command as a text, got {short(command)}")
     unknown = [name for name in together if not any(name in setting for setting in settings)]
-    if unknown or at_once < 1:
-        raise ValueError(f"expected parameters of the grid and at_once >= 1, got {unknown or at_once}")
+    if unknown:
+        raise ValueError(f"expected parameters of the grid, got {unknown}")
     if jobs is not None:
         check_jobs(jobs)
     prepare(folder)

@@ -31,6 +31,8 @@ def prevent_repacking(model: nn.Module | None = None) -> bool:
     Raises:
         ValueError: a layer of the model is repacked already: its absmax is rounded, so it has to be loaded again.
     """
+    if not isinstance(model, nn.Module | None):
+        raise ValueError(f"expected a model, got {type(model).__name__}")
     try:
         import bitsandbytes.nn.modules as library
         from bitsandbytes.functional import has_avx512bf16

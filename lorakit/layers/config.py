@@ -11,6 +11,7 @@ import regex
 from torch import nn
 
 from lorakit._suggest import near_names
+from lorakit._words import one_line, short
 from lorakit.layers.bases import is_conv1d, is_known
 from lorakit.layers.dora import DoRALinear
 from lorakit.layers.experts import LoRAExperts
@@ -130,7 +131,13 @@ class LoRAConfig:
         return int(found["block"]) if found else None
 
     def make(self, name: str, base: nn.Module, parameters: Sequence[str] = ()) -> nn.Module:
-        """The adapter for one layer, or for these parameters of a module."""
+        """The adapter for one layer, or for these parameters of a module; a ValueError if the class takes neither."""
+        try:
+            return self._make(name, base, parameters)
+        except (TypeError, RuntimeError, ArithmeticError, MemoryError) as error:  # of a reader's own class
+            raise ValueError(f"expected settings for layers such as {name!r}, got {one_line(error)}") from error
+
+    def _make(self, name: str, base: nn.Module, parameters: Sequence[str]) -> nn.Module:
         if not parameters:
             return self.layer(base, *self.at(name), **self._keywords())
         if names_a_layer(base, parameters):
@@ -183,13 +190,15 @@ class LoRAConfig:
         Raises:
             ValueError: it is another method, has a setting that is not read here, or one that is out of range.
         """
-        config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        config = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(config, Mapping):
+            raise ValueError(f"expected a peft.LoraConfig or its dict, got {short(config)}")
         method = config.get("peft_type", "LORA")
         if method != "LORA":
             raise ValueError(f"expected plain LoRA (peft_type 'LORA'), got {getattr(method, 'value', method)!r}")
         for key, value in config.items():
             if key not in PLAIN and value not in (None, False, "none", [], {}):
-                raise ValueError(f"expected plain LoRA, got {key} = {_short(value)}")
+                raise ValueError(f"expected plain LoRA, got {key} = {short(value)}")
         layer, settings = _method_from_peft(config)
         return cls(
             rank=_read("r", config, _integer),
@@ -234,10 +243,10 @@ def _whole(expression: str, name: str) -> regex.Match | None:
         return regex.fullmatch(_compiled(expression), name, timeout=SECONDS)
     except TimeoutError:
         raise ValueError(
-            f"expected an expression that is quick to match, got {_short(expression)} for {name!r}"
+            f"expected an expression that is quick to match, got {short(expression)} for {name!r}"
         ) from None
     except (regex.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"expected a regular expression, got {_short(expression)}: {error}") from None
+        raise ValueError(f"expected a regular expression, got {short(expression)}: {error}") from None
 
 
 def _ending(expression: str) -> str:
@@ -277,7 +286,7 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     if not targets:
         if config.get("target_parameters"):
             return []
-        raise ValueError(f"expected a valid target_modules, got {_short(targets)}")
+        raise ValueError(f"expected a valid target_modules, got {short(targets)}")
     return targets if targets == "all-linear" else _last_parts(targets)
 
 
@@ -363,7 +372,7 @@ def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> An
     try:
         return read(value)
     except (TypeError, ValueError, AttributeError):
-        raise ValueError(f"expected a valid {key}, got {_short(value)}") from None
+        raise ValueError(f"expected a valid {key}, got {short(value)}") from None
 
 
 def _expression(targets: str | Iterable[str]) -> str:
@@ -377,13 +386,8 @@ def _compiled(expression: str) -> str:
         for form in (expression, _ending(expression)):  # a group must not end in the middle
             re.compile(form)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"expected a regular expression, got {_short(expression)}: {error}") from None
+        raise ValueError(f"expected a regular expression, got {short(expression)}: {error}") from None
     return expression
-
-
-def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) < 200 else f"{words[:200]} ..."
 
 
 def _between(start: str, text: str, end: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 
 from lorakit._atomic import new_folder
 from lorakit._optional import quiet
+from lorakit._suggest import check_name
 from lorakit.models.load import load_model
 from lorakit.models.merge import merge
 from lorakit.models.peft_files import read_adapter
@@ -57,8 +58,7 @@ def export_merged(
             0.001 nats a token and more than a tenth of what the adapter does. Nothing is left behind.
     """
     out = Path(out)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"expected dtype auto, {', '.join(DTYPES)}, got {dtype!r}")
+    check_name("a dtype", dtype, ["auto", *DTYPES])
     with new_folder(out) as folder:
         found = _make(base, adapter, folder, dtype)
     return replace(found, folder=out)

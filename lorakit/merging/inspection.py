@@ -104,6 +104,9 @@ def inspect_adapter(folder: str | os.PathLike) -> Inspection:
     tensors, file, checksum = read_both(folder)
     if not isinstance(file.get("peft_type"), str):
         raise AdapterError(f"expected a method as peft_type in {folder / CONFIG}, got {file.get('peft_type')!r}")
+    for key, kind in (("modules_to_save", list), ("base_model_name_or_path", str)):
+        if not isinstance(file.get(key), kind | None):
+            raise AdapterError(f"expected a {kind.__name__} as {key} in {folder / CONFIG}, got {file[key]!r}")
     factors, rest, problems = _sort(tensors, file)
     layers = tuple(_layer(name, each, file, embedding) for (name, embedding), each in factors.items())
     problems += _wrong_ranks(layers, file)

@@ -53,16 +53,20 @@ def is_broken(found: Inspection, compared: Compared | None = None) -> bool:
 
 
 def as_record(found: Inspection, compared: Compared | None = None) -> dict[str, Any]:
-    """Everything as plain values for JSON, which has no infinity: such a share is None."""
+    """Everything as plain values for JSON, which has no infinity and no NaN: such a number is None."""
     record: dict[str, Any] = asdict(found) | {"idle": found.idle, "warnings": warnings(found, compared)}
     if compared is not None:
-        layers = [asdict(each) | {n: _finite(getattr(each, n)) for n in SHARES} for each in compared.layers]
+        layers = [asdict(each) | {name: getattr(each, name) for name in SHARES} for each in compared.layers]
         record["against_base"] = asdict(compared) | {"layers": layers}
-    return record
+    return _finite(record)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _head(found: Inspection) -> str:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit._words import short
 from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.config import LoRAConfig
@@ -92,6 +93,8 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
     """
     if name is None:
         check_plain(model)
+    if not isinstance(updates, Mapping):
+        raise ValueError(f"expected updates by the name of their layer, got {short(updates)}")
     modules = dict(plain_modules(model))
     places = {key: _place(modules, key) for key in updates}
     for key, update in updates.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from lorakit._atomic import locked, write_atomically
+from lorakit._words import shortened
 from lorakit.layers.config import PLAIN, LoRAConfig
 from lorakit.models.tensor_file import STORED, tensor_file
 
@@ -35,6 +36,9 @@ Check = Callable[[dict[str, Tensor], dict[str, Any]], object]
 
 class AdapterError(ValueError):
     """A file that is damaged, is not plain LoRA, or does not fit the model; the model is left untouched."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message, 1000))  # a file's names and settings may have any length
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -130,7 +134,7 @@ def as_config(file: Mapping[str, Any], layer: Callable[..., nn.Module] | None = 
         file = {key: value for key, value in file.items() if key not in own} | {"peft_type": "LORA"}
     try:
         config = LoRAConfig.from_peft({**file, "init_lora_weights": True})
-        return replace(config, layer=layer or config.layer, settings=own if layer else {})
+        return replace(config, layer=config.layer if layer is None else layer, settings={} if layer is None else own)
     except ValueError as error:
         raise AdapterError(str(error)) from None
 

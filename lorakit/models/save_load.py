@@ -143,7 +143,7 @@ def read_layers(
         for name, parts in keys.items():
             chosen = _chosen(name, config, parameters)
             if not present:
-                layers[name] = _made(config, name, bases[name], chosen)
+                layers[name] = config.make(name, bases[name], chosen)
             _check(layers[name], name, {part: header[key] for part, key in parts.items()}, file, config, chosen)
 
     if isinstance(source, Path):
@@ -172,17 +172,6 @@ def _chosen(name: str, config: LoRAConfig, parameters: dict[str, tuple[str, ...]
     """The parameters by which the settings name a module; a linear layer may be named by its weight."""
     by_weight = config.target_parameters and is_target(f"{name}.weight", config.target_parameters)
     return parameters.get(name) or (("weight",) if by_weight else ())
-
-
-def _made(config: LoRAConfig, name: str, base: nn.Module, parameters: tuple[str, ...]) -> nn.Module:
-    try:
-        return config.make(name, base, parameters)
-    except ValueError:
-        raise
-    except (TypeError, RuntimeError, OverflowError, MemoryError) as error:  # of a reader's own class
-        raise AdapterError(
-            f"expected settings for a layer such as {name!r}, got {type(error).__name__}: {error}"
-        ) from error
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:

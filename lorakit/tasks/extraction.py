@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit._suggest import near_names
+from lorakit._numbers import check_integer
+from lorakit._suggest import check_name
 from lorakit.tasks.facts import FIRST_NAMES, LAST_NAMES
 from lorakit.tasks.sql.questions import CHATML
 from lorakit.tasks.task import ChatItem, Task, paired, shuffled
@@ -149,11 +150,9 @@ def messages(split: str, n: int | None = None, seed: int = 0) -> list[Message]:
     Raises:
         ValueError: the split is unknown, or n is negative or more than `LARGEST`.
     """
-    if split not in SPLITS:
-        raise ValueError(f"expected a split of the extraction task, {near_names(split, SPLITS)}")
+    check_name("a split of the extraction task", split, SPLITS)
     n = 208 if n is None else n
-    if not 0 <= n <= LARGEST[split]:
-        raise ValueError(f"expected n between 0 and {LARGEST[split]}, got {n}")
+    check_integer("n", n, 0, LARGEST[split])
     rng = random.Random(f"extract/{split}/{seed}")
     kinds = [kind for kind in KINDS if (kind in NEW_KINDS) == (split == "kinds")]
     found: dict[str, Message] = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit._numbers import check_integer
 from lorakit.tasks.task import Task, encoded, same_texts, shuffled
 from lorakit.training.evaluate import exact_match
 
@@ -80,8 +81,7 @@ def random_digits(rng: random.Random) -> str:
 
 def _draw(n: int, known: bool, relations: Sequence[str], rng: random.Random) -> list[Fact]:
     names = people(known)
-    if not 1 <= n <= len(names):
-        raise ValueError(f"expected n between 1 and {len(names)}, the number of people, got {n}")
+    check_integer("n", n, 1, len(names))  # people
     chosen = shuffled(names, rng)[:n]
     return [Fact(relations[i % len(relations)], name, random_digits(rng)) for i, name in enumerate(chosen)]
 
@@ -101,6 +101,7 @@ def facts(n: int = 48, seed: int = 0) -> list[Fact]:
 
 def known_facts(n: int = KNOWN) -> list[Fact]:
     """The first n of the facts that the tiny base was pretrained on, to see what fine-tuning makes it forget."""
+    check_integer("n", n, 0, KNOWN)
     return _draw(KNOWN, True, KNOWN_RELATIONS, random.Random("known"))[:n]
 
 
@@ -124,7 +125,12 @@ def recall(model: nn.Module, tokenizer: Any, items: Sequence[Fact]) -> float:
     """Share of the facts, in [0, 1], that the model answers with exactly the right digits and then stops.
 
     Guessing scores 1 in 10,000. One forward pass: the same as comparing `answers`.
+
+    Raises:
+        ValueError: no facts.
     """
+    if not items:
+        raise ValueError("expected at least one fact, got none")
     return sum(exact_match(model, encoded(tokenizer, items), batch_size=256, show=False)) / len(items)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorakit._suggest import near_names
+from lorakit._numbers import check_list
+from lorakit._suggest import check_name
 from lorakit.training.batch import Example
 from lorakit.training.encode import encode
 from lorakit.training.evaluate import exact_match
@@ -119,8 +120,7 @@ class Task:
         Raises:
             ValueError: there is no such split, or there are not so many.
         """
-        if split not in self.splits:
-            raise ValueError(f"expected a split of the task {self.name}, {near_names(split, self.splits)}")
+        check_name(f"a split of the task {self.name}", split, self.splits)
         return self.draw(split, n, seed)
 
     def prompt(self, item: Any) -> str:
@@ -221,8 +221,12 @@ def paired(items: Sequence[Any], answers: Sequence[str]) -> list[tuple[Any, str]
     """Each item with its answer.
 
     Raises:
-        ValueError: the lengths differ.
+        ValueError: the lengths differ, or an answer is no text.
     """
+    check_list("items", items)
+    check_list("answers", answers)
+    if any(not isinstance(answer, str) for answer in answers):
+        raise ValueError("expected answers as texts, got something else")
     if len(items) != len(answers):
         raise ValueError(f"expected one answer an item, got {len(answers)} answers for {len(items)} items")
     return list(zip(items, answers, strict=True))

@@ -9,6 +9,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from lorakit._numbers import check_integer
+from lorakit._words import short
 from lorakit.training.audit_tokens import Tokenizer, Tokens, load_tokenizer
 from lorakit.training.rows import ASSISTANT, FIRST, Row, check_turns, in_chat, read_rows, text_of
 
@@ -80,9 +82,15 @@ def audit_data(
     Raises:
         FileNotFoundError, ValueError: as `read_rows`; max_length is below 1, no such turns, or no chat template.
     """
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"expected a length of at least 1 token, got {max_length}")
+    if max_length is not None:
+        check_integer("max_length", max_length)
+    if not callable(tokenizer):
+        raise ValueError(f"expected a tokenizer, got {short(tokenizer)}")
+    if not isinstance(data, Iterable | os.PathLike):
+        raise ValueError(f"expected a file or rows, got {short(data)}")
     rows = read_rows(data) if isinstance(data, str | os.PathLike) else list(data)
+    if strange := [row for row in rows if not isinstance(row, Row)]:
+        raise ValueError(f"expected Rows, as read_rows() gives them, got {short(strange[0])}")
     check_turns(turns)
     view = Tokenizer(tokenizer)
     if chat and not view.template:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from lorakit._numbers import check_list
+
 IGNORE = -100  # the label of a position that the loss leaves out, as in torch and transformers
 PACKED = {"use_cache": False}  # with a cache, transformers' models take packed texts for one
 Batch = dict[str, Int[Tensor, "batch seq"]]
@@ -45,13 +47,13 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     Raises:
         ValueError: says what was expected.
     """
+    check_list("examples", examples)
     strange = next((example for example in examples if not isinstance(example, Example)), None)
     if strange is not None:
         raise ValueError(f"expected Examples, as encode() makes them, got {type(strange).__name__}")
-    if isinstance(model, nn.Module):
-        known = inspect.signature(model.forward).parameters
-        if "input_ids" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            raise ValueError(f"expected a language model, called with input_ids, got {type(model).__name__}")
+    known = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else {}
+    if "input_ids" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        raise ValueError(f"expected a language model, called with input_ids, got {type(model).__name__}")
     context = context_of(model)
     longest = max((len(example.input_ids) for example in examples), default=0)
     if longest > context:

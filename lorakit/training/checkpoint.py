@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from xxhash import xxh3_128
 
-from lorakit._atomic import write_atomically
+from lorakit._atomic import remove_dead, write_atomically
 from lorakit._numbers import check_integer
 from lorakit._random import Stream
 from lorakit._words import one_line
@@ -63,6 +63,7 @@ class Checkpoints:
         Raises:
             ValueError: it is of another training; says what differs.
         """
+        remove_dead(self.folder)  # a training that is done writes no more
         for _, path in reversed(self._files()):
             try:
                 found = _read(path)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from lorakit._numbers import check_integer
 from lorakit.training.batch import IGNORE, Example
 from lorakit.training.chat import spoken
 from lorakit.training.rows import Row, check_turns, row_of
@@ -23,6 +24,8 @@ def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None 
     """
     if not callable(tokenizer) or not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError("expected a tokenizer and two texts, got something else")
+    if max_length is not None:
+        check_integer("max_length", max_length, 0)
     return _example(tokenizer, [(prompt, False), (completion, True)], max_length)
 
 
@@ -50,6 +53,8 @@ def encode_row(
             as for `encode`.
     """
     check_turns(turns)
+    if max_length is not None:
+        check_integer("max_length", max_length, 0)
     row = row if isinstance(row, Row) else row_of(row)
     if row.prompt is not None and row.completion is not None:
         return encode(tokenizer, row.prompt, row.completion, max_length)
@@ -89,6 +94,10 @@ def unknown_id(tokenizer: Any) -> int | None:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold half of a character
+        raise ValueError(f"expected text that UTF-8 can write, got {text[error.start]!r} at {error.start}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

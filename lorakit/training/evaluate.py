@@ -83,8 +83,8 @@ def teacher_forced(
     The arguments are those of `exact_match`.
     """
     check_integer("batch_size", batch_size)
-    check_one_choice(model)
     check_examples(model, examples)
+    check_one_choice(model)
     found, was_training = [(False, 0.0)] * len(examples), model.training
     device = next(model.parameters()).device
     model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit._numbers import check_integer, check_positive
 from lorakit._progress import Progress
 from lorakit._random import Stream
+from lorakit._words import short
 from lorakit.speed.accelerated import accelerated
 from lorakit.training.batch import Example
 from lorakit.training.checkpoint import Checkpoints, Training, fingerprint, pinned
@@ -158,6 +159,8 @@ def train(
     groups = [group for run in runs for group in run.groups or [{"params": run.params, "lr": run.lr}]]
     fused: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
     optimizer = make(groups) if make else torch.optim.AdamW(groups, **fused)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"expected an optimizer that makes one of torch's, got {short(optimizer)}")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.share)
     orders = [batches(len(run.examples), size, steps, run.seed) for run in runs]
     tokens = size / recipe.accumulate * sum(_mean_length(run, objective) for run in runs)

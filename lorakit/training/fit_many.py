@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lorakit._numbers import check_integer, check_positive
+from lorakit._numbers import check_integer, check_list, check_positive
 from lorakit._random import seeded
+from lorakit._words import short
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
@@ -84,6 +85,9 @@ def fit_many(
     Raises:
         ValueError: as `inject` and `fit`; or a layer does not see every token in order, as in a mixture of experts.
     """
+    check_list("examples", examples)
+    if not isinstance(specs, Iterable):
+        raise ValueError(f"expected Specs, got {short(specs)}")
     specs, recipe = list(specs), Recipe.of(recipe, numbers)
     own: list[Any] = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
     if any(not isinstance(spec, Spec) for spec in specs):
@@ -91,8 +95,7 @@ def fit_many(
     for texts, spec in zip(own, specs, strict=False):
         check_positive("lr", spec.lr)
         check_integer("seed", spec.seed, -(2**63), 2**64 - 1)
-        several: Any = [texts] if isinstance(texts, str) else texts
-        check_examples(model, several)
+        check_examples(model, texts)
     if not specs or len(own) != len(specs):
         raise ValueError(f"expected specs, and as many lists of examples if several, got {len(specs)} and {len(own)}")
     check_plain(model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit._numbers import check_integer
+from lorakit._numbers import check_integer, check_list
 from lorakit._progress import Progress
 from lorakit.layers.named_adapters import check_one_choice
 from lorakit.models.several import check_known, using_adapters
@@ -92,7 +92,8 @@ def greedy(
         raise ValueError(f"expected a model with generate() and its tokenizer, got {type(model).__name__}")
     check_integer("max_new_tokens", max_new_tokens)
     check_integer("batch_size", batch_size)
-    if isinstance(prompts, str) or any(not isinstance(prompt, str) for prompt in prompts):
+    check_list("prompts", prompts)
+    if any(not isinstance(prompt, str) for prompt in prompts):
         raise ValueError("expected a list of texts as prompts, got something else")
     if stop is not None and (not isinstance(stop, str) or not stop):
         raise ValueError(f"expected stop as a text that is not empty, or None, got {stop!r}")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from lorakit._numbers import check_list
+from lorakit._words import short
 from lorakit.speed.accelerated import Report
 from lorakit.training.batch import IGNORE, Example, check_examples, collate, pack, rows_of, spans
 from lorakit.training.loss import token_losses
@@ -31,8 +33,10 @@ class Objective:
 
     def check(self, model: nn.Module, examples: Sequence[Any]) -> None:
         """Refuses what cannot be trained so."""
-        if isinstance(examples, Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
-            raise ValueError(f"expected a list of examples, or what is read by number, got {type(examples).__name__}")
+        check_list("examples", examples)
+        for name, function in (("loss_fn", self.loss_fn), ("collate", self.collate)):
+            if function is not None and not callable(function):
+                raise ValueError(f"expected a function as {name}, got {short(function)}")
         if not len(examples):
             raise ValueError("expected at least one example, got none")
         if self.loss_fn is not None:

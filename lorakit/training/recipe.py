@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorakit._numbers import check_integer, is_number
-from lorakit._suggest import near_names
+from lorakit._suggest import check_name
 
 # how the learning rate falls after the warm-up: from the share of those steps that is left to its share of the peak
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -54,8 +54,7 @@ class Recipe:
             raise ValueError(f"expected a finite weight_decay >= 0, got {self.weight_decay!r}")
         if not is_number(self.clip) or not self.clip > 0:
             raise ValueError(f"expected clip > 0, got {self.clip!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"expected a schedule, {near_names(self.schedule, SCHEDULES)}")
+        check_name("a schedule", self.schedule, SCHEDULES)
 
     @classmethod
     def of(cls, recipe: "Recipe | None", numbers: dict[str, Any]) -> "Recipe":
@@ -66,8 +65,7 @@ class Recipe:
             raise ValueError(f"expected a Recipe, got {recipe!r}")
         known = [field.name for field in fields(cls)]
         for name in numbers:
-            if name not in known:
-                raise ValueError(f"expected a number of a Recipe, {near_names(name, known)}")
+            check_name("a number of a Recipe", name, known)
         if recipe is None and "steps" not in numbers:
             raise ValueError("expected steps, got none")
         return cls(**numbers) if recipe is None else recipe

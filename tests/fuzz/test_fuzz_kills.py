@@ -3,13 +3,18 @@
 import os
 import shutil
 import signal
+import sys
 import time
+from itertools import count
 
 import pytest
 import torch
+from helpers.architectures import build
 from helpers.fuzz import rounds
+from helpers.parity import snapshot
+from helpers.texts import examples
 
-from lorakit import adapters, inject, load_adapter, load_model, save_adapter
+from lorakit import adapters, fit, inject, load_adapter, load_model, save_adapter
 from lorakit.experiments.records import expand, read_record, survey
 from lorakit.experiments.sweep import sweep
 from lorakit.merging.export import export_merged
@@ -29,26 +34,58 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def kill_often(target, act, check, times=5):
-    """Lets a child act, kills it at random moments, and checks after each; `act` in this process ends a round."""
+def killed_at(n):
+    """Makes this process kill itself before its n-th call that touches a file."""
+    calls = count(1)
+
+    def hook(event, _):
+        if event.startswith(("open", "os.", "shutil.", "fcntl.")) and next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)  # cannot be taken back: for children
+    return calls
+
+
+def in_a_child(act, n):
+    """A child that acts and dies before its n-th call, if it has so many; else it says how many it has."""
+    told, tell = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            calls = killed_at(n)
+            act()
+            os.write(tell, str(next(calls)).encode())
+        finally:
+            os._exit(0)
+    os.close(tell)
+    return child, told
+
+
+def kill_often(target, act, check, times=4):
+    """Lets a child act, kills it before a call or at a random moment, and checks after each; an act ends a round."""
+    act()  # imports whatever it needs
+    check(True)
     begin = time.monotonic()
     act()
-    longest, kills = 1.2 * (time.monotonic() - begin), 0
+    longest, kills = time.monotonic() - begin, 0
+    check(True)
+    child, told = in_a_child(act, 0)
+    os.waitpid(child, 0)
+    calls = int(os.read(told, 20))
+    os.close(told)
     check(True)
     for draw in rounds(target):
         for _ in range(times):
-            if (child := os.fork()) == 0:
-                try:
-                    act()
-                finally:
-                    os._exit(0)
-            time.sleep(draw.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
+            at_a_call = draw.random() < 0.7
+            child, told = in_a_child(act, draw.randint(1, calls) if at_a_call else 0)
+            if not at_a_call:
+                time.sleep(draw.uniform(0, longest))
+                os.kill(child, signal.SIGKILL)
             kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            os.close(told)
             check(False)
         act()
         check(True)
-    print(f"{target}: {kills} kills", flush=True)
+    print(f"{target}: {kills} kills among {calls} calls", flush=True)
 
 
 def test_an_adapter_over_one_of_another_rank(tmp_path):
@@ -63,7 +100,7 @@ def test_an_adapter_over_one_of_another_rank(tmp_path):
     sums = {net[0].rank: net[0].B.sum().item() for net in both}
 
     def act():
-        for net in both * 5:
+        for net in both:
             save_adapter(net, tmp_path)
 
     def check(ended):
@@ -116,8 +153,29 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
     kill_often("pretrain", lambda: tiny_model.write(tmp_path / "tiny", 1), check)
 
 
+def test_checkpoints_of_a_training(tmp_path):
+    """What was killed goes on to the same bits, and so does what was killed when it was done."""
+
+    def act(folder=tmp_path):
+        torch.manual_seed(0)
+        model = inject(build("llama"), 2, 4)
+        fit(model, examples(6), steps=4, batch_size=2, checkpoint=folder, checkpoint_every=1, show=False)
+        return snapshot(model)
+
+    whole = act(tmp_path.with_name("whole"))
+
+    def check(ended):
+        assert all(path.suffix == ".pt" or not ended for path in tmp_path.iterdir())
+        if ended:
+            model = act()
+            assert all(torch.equal(model[key], whole[key]) for key in whole)
+            shutil.rmtree(tmp_path)
+
+    kill_often("checkpoint", act, check)
+
+
 def test_a_sweeps_records(tmp_path):
-    grid = {"x": list(range(20))}
+    grid = {"x": list(range(8))}
     kept = {}
 
     def act():
@@ -128,7 +186,7 @@ def test_a_sweeps_records(tmp_path):
         kept.update((path, path.read_bytes()) for path in tmp_path.glob("*.json"))
         assert all(read_record(path) for path in kept)
         if ended:
-            assert survey(tmp_path, expand(grid)).done == 20
+            assert survey(tmp_path, expand(grid)).done == 8
             assert {path.suffix for path in tmp_path.iterdir()} == {".json", ""}
             kept.clear()
             for path in tmp_path.glob("*.json"):

@@ -17,7 +17,7 @@ from lorakit.layers.nf4 import dequantize, quantize
 from lorakit.merging import against_base, serving
 from lorakit.merging.against_base import compare_with_base
 from lorakit.merging.inspection import inspect_adapter
-from lorakit.merging.inspection_report import describe, is_broken
+from lorakit.merging.inspection_report import as_record, describe, is_broken
 from lorakit.merging.inspection_report import warnings as notes_of
 from lorakit.models.peft_files import AdapterError
 
@@ -134,7 +134,11 @@ def test_what_is_wrong_is_told(tmp_path):
         "3 numbers in stray",
     ):
         assert words in text
-    assert json.loads(json.dumps(describe(found)))
+    change(
+        tmp_path, lambda tensors: tensors.update({key.format(0, "B"): torch.full((16, 4), 1e300, dtype=torch.float64)})
+    )
+    huge = as_record(inspect_adapter(tmp_path))
+    assert json.dumps(huge, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +152,7 @@ def test_settings_that_were_altered_are_told(tmp_path, edit, words):
     assert words in "\n".join(inspect_adapter(tmp_path).problems)
 
 
-@pytest.mark.parametrize("edit", [{"peft_type": None}, {"r": "four"}, {"lora_alpha": [1]}])
+@pytest.mark.parametrize("edit", [{"peft_type": None}, {"r": "four"}, {"lora_alpha": [1]}, {"modules_to_save": 3}])
 def test_settings_out_of_range_are_refused(tmp_path, edit):
     by_lorakit(tmp_path, build("llama"))
     file = tmp_path / "adapter_config.json"

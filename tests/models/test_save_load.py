@@ -294,6 +294,12 @@ def test_wrong_settings_are_refused_by_load_and_read_alike(saved, case):
     assert time.process_time() - begin < 4
 
 
+def test_what_is_refused_is_not_told_at_any_length(saved):
+    folder, _ = saved
+    edit_config(folder, init_lora_weights="x" * 100_000)
+    assert len(refused(folder, AdapterError)) < 1100
+
+
 def test_a_setting_that_is_there_twice_is_refused(saved):
     folder, _ = saved
     text = (folder / CONFIG).read_text()

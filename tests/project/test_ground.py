@@ -126,6 +126,7 @@ def test_what_the_system_refuses_names_the_place(tmp_path):
         ("q_prj", ["v_proj", "q_proj", "up", "gate", "down"], "got 'q_prj'; near: q_proj, v_proj"),
         ("xyz", {"a": 1, "b": 2}, "got 'xyz'; known: a, b"),
         ("x", [], "got 'x'; known: none"),
+        (3, ["a"], "got 3; known: a"),
     ],
 )
 def test_near_names(name, known, message):

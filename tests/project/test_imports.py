@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lorakit"
 ROOMS = (  # from the ground up; those in one row do not know each other
-    ("_atomic", "_numbers", "_optional", "_progress", "_random", "_suggest", "_words"),
+    ("_words",),
+    ("_atomic", "_numbers", "_optional", "_progress", "_random", "_suggest"),
     ("layers",),
     ("speed",),
     ("models",),

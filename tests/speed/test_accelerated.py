@@ -1,12 +1,13 @@
 """With the switch on or off the results are the same; off is off; and the report says what was done and why."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.architectures import AUTO, CONFIGS, adapted, build
-from helpers.parity import relative
+from helpers.parity import relative, snapshot, unchanged
 from helpers.texts import TOKENIZER, examples
 
 from lorakit import Example, Recipe, Spec, exact_match, fit, fit_many, greedy, inject
@@ -154,6 +155,18 @@ def test_everything_is_taken_back_on_an_error():
         assert torch.get_float32_matmul_precision() == "highest"
         assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert cpu._users == 0
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_copy_that_is_made_inside_is_a_plain_model():
+    model = adapted("llama").train()
+    with accelerated(model, 100, trains=True):
+        patched = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        copied, block = copy.deepcopy(model), copy.deepcopy(model.model.layers[0].mlp)
+        assert patched == [name for name, module in model.named_modules() if "forward" in vars(module)] != []
+    for module in (copied, block, model):
+        assert not any({"forward", "__deepcopy__"} & vars(each).keys() for each in module.modules())
+    assert unchanged(copied, snapshot(model))
 
 
 @pytest.mark.usefixtures("eager")

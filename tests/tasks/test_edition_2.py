@@ -261,8 +261,8 @@ def test_it_is_a_function_of_its_seed():
         (("train",), {"version": 3}, "version 1, or version 2 at level 1, got version 3"),
         (("train", 5, 0, 2), {"version": 2}, "version 2 at level 2"),
         (("train",), {"frames": 5}, "frames and tables with version 2 only"),
-        (("train",), {"version": 2, "frames": 0}, "between 1 and 4.*got 0"),
-        (("train",), {"version": 2, "tables": 1000}, "between 1 and 42 .*got 1000"),
+        (("train",), {"version": 2, "frames": 0}, "from 1 to 4.*got 0"),
+        (("train",), {"version": 2, "tables": 1000}, "from 1 to 42, got 1000"),
         (("train", -1), {"version": 2}, "got -1"),
     ],
 )

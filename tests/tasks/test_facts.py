@@ -86,7 +86,7 @@ def test_thousands_of_facts_exist_and_more_are_refused():
     assert most > 5000
     assert len({item.prompt for item in facts(most)}) == most
     for n in (0, most + 1):
-        with pytest.raises(ValueError, match=f"expected n between 1 and {most}"):
+        with pytest.raises(ValueError, match=f"expected n as an integer from 1 to {most}"):
             facts(n)
 
 

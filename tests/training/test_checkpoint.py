@@ -79,6 +79,9 @@ def test_adapters_go_on_and_a_finished_training_is_not_made_again(tmp_path):
     model, again = train(tmp_path / "killed", stop=8)
     assert again == resumed
     assert unchanged(model, snapshot(whole))
+    (tmp_path / "killed" / f".step-00000008.pt.{'0' * 32}.lorakit.tmp").mkdir()  # killed behind its last rename
+    train(tmp_path / "killed", stop=8)
+    assert files(tmp_path / "killed") == ["step-00000006.pt", "step-00000008.pt"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign"])

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
-from lorakit._suggest import near_names
+from lorakit._numbers import check_integer
+from lorakit._suggest import check_name
 from lorakit.tasks.sql import frames_held_out, frames_train, tables_2
 from lorakit.tasks.sql.level_1 import LIMITS, SHAPES
 from lorakit.tasks.sql.questions import Item, belongs, is_held_out
@@ -92,9 +93,9 @@ def draw(
     Raises:
         ValueError: there is no such split, or it has not so many questions, frames or tables.
     """
-    if split not in SPLITS:
-        raise ValueError(f"expected a split of the SQL task's second edition, {near_names(split, SPLITS)}")
+    check_name("a split of the SQL task's second edition", split, SPLITS)
     n = SPLIT_SIZES[split] if n is None else n
+    check_integer("n", n, 0)
     rng, held_out = random.Random(f"2/{split}/{seed}"), split == "values"
     shown = _first(TABLES.get(split, TABLES["train"]), None if split in TABLES and split != "train" else tables, seed)
     decks = {}
@@ -114,15 +115,15 @@ def draw(
                 frame = next(framing) if attempt % 20 == 19 else frame
             else:
                 del decks[shape]
-    if len(found) < n or n < 0:
+    if len(found) < n:
         raise ValueError(f"expected n between 0 and about {len(found)}, the questions of {split!r} like these, got {n}")
     return shuffled(found.values(), rng)
 
 
 def _first(things: Iterable, k: int | None, seed: object) -> list:
     things = list(things)
-    if k is not None and not 1 <= k <= len(things):
-        raise ValueError(f"expected between 1 and {len(things)} frames or tables, got {k}")
+    if k is not None:
+        check_integer("frames or tables", k, 1, len(things))
     return shuffled(things, random.Random(f"2/{seed}"))[:k]
 
 

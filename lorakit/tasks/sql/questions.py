@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from lorakit._suggest import near_names
+from lorakit._suggest import check_name
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
 from lorakit.tasks.sql.sandbox import Database, Table
@@ -173,6 +173,5 @@ def populations(table: str) -> list[Database]:
     Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
     """
     linked = {f"{one}, {other}": (one, other) for one, other in harder.LINKS.items()}
-    if table not in words.TABLES and table not in linked:
-        raise ValueError(f"expected a table of the SQL task, {near_names(table, [*words.TABLES, *linked])}")
+    check_name("a table of the SQL task", table, [*words.TABLES, *linked])
     return [Database(tuple(_table(name, p) for name in linked.get(table, (table,)))) for p in range(POPULATIONS)]

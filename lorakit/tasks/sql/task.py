@@ -18,7 +18,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lorakit._suggest import near_names
+from lorakit._numbers import check_integer
+from lorakit._suggest import check_name, near_names
+from lorakit._words import short
 from lorakit.tasks.sql import edition_2
 from lorakit.tasks.sql import level_1 as words
 from lorakit.tasks.sql import levels_2_to_4 as harder
@@ -74,15 +76,14 @@ def generate(
         return edition_2.draw(split, n, seed, frames, tables)
     if frames is not None or tables is not None:
         raise ValueError(f"expected frames and tables with version 2 only, got {frames} and {tables} with version 1")
-    if split not in SPLITS:
-        raise ValueError(f"expected a split of the SQL task, {near_names(split, SPLITS)}")
+    check_name("a split of the SQL task", split, SPLITS)
     n = SPLIT_SIZES[split] if n is None else n
+    check_integer("n", n, 0)
     if level != 1:
-        if level not in range(2, len(harder.LEVELS) + 1) or n < 0:
-            raise ValueError(f"expected a level from 1 to {len(harder.LEVELS)} and n >= 0, got {level!r} and {n}")
+        check_integer("level", level, 1, len(harder.LEVELS))
         return harder_questions(split, level, n, random.Random(f"{split}/{level}/{seed}"))
     pool = questions(split)
-    if not 0 <= n <= len(pool):
+    if n > len(pool):
         raise ValueError(f"expected n between 0 and {len(pool)} (the different questions of {split!r}), got {n}")
     rng = random.Random(f"{split}/{seed}")
     by_shape = [shuffled((q for q in pool if q.shape == shape.name), rng) for shape in words.SHAPES]
@@ -164,6 +165,8 @@ def populations(table: str) -> list[Database]:
 
     Source: Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites".
     """
+    if not isinstance(table, str):
+        raise ValueError(f"expected the name of a table, got {short(table)}")
     if table in edition_2.tables_2.TABLES:
         return edition_2.databases(table)
     if FOLDER.is_dir() and table in stranger_tables():
@@ -192,6 +195,10 @@ def execution_accuracy(
         ValueError: the lengths differ, a table is unknown, or an item's own query fails.
     """
     pairs = paired(items, answers)
+    for item in items:
+        _check_item(item)
+    if not isinstance(databases, Mapping | None):
+        raise ValueError(f"expected databases by the name of their table, got {short(databases)}")
     known = databases if databases is not None else {table: populations(table) for table in {i.table for i in items}}
     for item in items:
         if not known.get(item.table):
@@ -208,7 +215,13 @@ def near_misses(item: Item) -> list[str]:
     Raises:
         ValueError: its table is unknown.
     """
+    _check_item(item)
     return _near_misses(item, populations(item.table))
+
+
+def _check_item(item: Any) -> None:
+    if not isinstance(item, Item):
+        raise ValueError(f"expected Items, as generate() draws them, got {short(item)}")
 
 
 def load_sql(split: str, folder: str | os.PathLike | None = None, version: int = 1) -> list[Item]:

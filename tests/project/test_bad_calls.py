@@ -1,0 +1,82 @@
+"""Whatever a public function is given, it says in a sentence what it expected."""
+
+import json
+
+import jaxtyping
+import pytest
+import torch
+from helpers.architectures import adapted, build
+from helpers.texts import TOKENIZER, examples
+
+import lorakit
+from lorakit import LoRAConfig, Recipe, Spec, fit, fit_many, inject
+from lorakit.cost.budget import budget
+from lorakit.experiments import stats
+from lorakit.experiments.sweep import sweep
+from lorakit.merging.export import export_merged
+from lorakit.merging.updates import attach
+from lorakit.tasks import extraction, facts
+from lorakit.tasks.sql.task import generate, near_misses, populations
+
+HUGE = 10**400  # which no float holds
+HALF = json.loads('"\\ud800"')  # half of a character, as JSON may have it
+CALLS = {
+    "a schedule that is no name": lambda: Recipe(4, schedule=["linear"]),
+    "endless steps": lambda: Recipe(HUGE),
+    "an endless clip": lambda: Recipe(4, clip=HUGE),
+    "an endless weight decay": lambda: Recipe(4, weight_decay=HUGE),
+    "an endless rate": lambda: fit(adapted("llama"), examples(2), steps=1, lr=HUGE, show=False),
+    "no examples": lambda: fit(adapted("llama"), None, steps=1, show=False),
+    "examples that end": lambda: fit(adapted("llama"), iter(examples(2)), steps=1, show=False),
+    "a loss that is no function": lambda: fit(adapted("llama"), examples(2), steps=1, loss_fn=3, show=False),
+    "an optimizer of nothing": lambda: fit(
+        adapted("llama"), examples(2), steps=1, optimizer=lambda groups: None, show=False
+    ),
+    "many with nothing": lambda: fit_many(build("llama"), None, [Spec(LoRAConfig(2, 4), 1e-3)], steps=1, show=False),
+    "many of nothing": lambda: fit_many(build("llama"), examples(2), 3, steps=1, show=False),
+    "answers of no model": lambda: lorakit.exact_match(None, examples(2), show=False),
+    "prompts that end": lambda: lorakit.greedy(build("llama"), TOKENIZER, iter(["a"]), show=False),
+    "half a character": lambda: lorakit.encode(TOKENIZER, HALF, "b"),
+    "a length of text": lambda: lorakit.encode(TOKENIZER, "a", "b", max_length="8"),
+    "data of nothing": lambda: lorakit.audit_data(3, TOKENIZER),
+    "rows of nothing": lambda: lorakit.audit_data([3], TOKENIZER),
+    "an audit without a tokenizer": lambda: lorakit.audit_data([], None),
+    "a config of nothing": lambda: LoRAConfig.from_peft(3),
+    "a layer of another kind": lambda: inject(build("llama"), 2, 4, layer=torch.nn.Bilinear),
+    "a layer with wrong settings": lambda: inject(build("llama"), 2, 4, layer=lorakit.PiSSALinear, start=len),
+    "no model to keep": lambda: lorakit.prevent_repacking(3),
+    "an attention that nobody has": lambda: budget("llama-2-7b", tokens=8, attention="quick"),
+    "an attention that is no name": lambda: budget("llama-2-7b", tokens=8, attention=3),
+    "targets of nothing": lambda: budget("llama-2-7b", tokens=8, targets=3),
+    "a method that is no name": lambda: budget("llama-2-7b", ["lora"]),
+    "a split that is no name": lambda: lorakit.load_sql(3),
+    "a split that is a list": lambda: generate(["train"]),
+    "half a question": lambda: generate("train", 1.5),
+    "half a frame": lambda: generate("train", 3, version=2, frames=1.5),
+    "a table that is a list": lambda: populations(["orders"]),
+    "misses of nothing": lambda: near_misses("SELECT 1"),
+    "items of nothing": lambda: lorakit.execution_accuracy(None, []),
+    "answers that are no texts": lambda: lorakit.execution_accuracy(generate("iid", 1), [3]),
+    "databases without names": lambda: lorakit.execution_accuracy(generate("iid", 1), ["x"], [3]),
+    "facts of text": lambda: facts.facts("3"),
+    "no facts": lambda: facts.recall(build("llama"), TOKENIZER, []),
+    "half a message": lambda: extraction.messages("train", 1.5),
+    "updates without names": lambda: attach(build("llama"), [3]),
+    "a dtype that is no name": lambda: export_merged("base", "adapter", "out", dtype=["float32"]),
+    "nothing to make together": lambda: sweep(print, {"x": [1]}, "records", together=3),
+    "runs of text at once": lambda: sweep(print, {"x": [1]}, "records", at_once="2"),
+    "a confidence of two": lambda: stats.mean_interval([1.0, 2.0], confidence=2),
+    "a mean of words": lambda: stats.mean_interval(["a", "b"]),
+    "a difference of numbers": lambda: stats.difference(1.0, 2.0),
+    "no arms": lambda: stats.differences_from([1.0, 2.0], {}),
+    "an optimum of a list": lambda: stats.optimum([1.0]),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_bad_call_is_a_sentence(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own check of types
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"\Aexpected "):
+        CALLS[case]()
+    assert not list(tmp_path.iterdir())
