@@ -115,7 +115,7 @@ def test_nothing_is_left_of_what_fails(tmp_path, monkeypatch):
         assert sorted(path.name for path in tmp_path.iterdir()) == places
         return str(caught.value)
 
-    assert "expected dtype" in fails(dtype="int8")
+    assert "expected a dtype" in fails(dtype="int8")
     assert "no such folder" in fails(base=tmp_path / "no-base")
     assert "adapter_config.json" in fails(adapter=tmp_path / "no-adapter")
     assert "adapter_config.json" in fails(adapter=tmp_path / "no-adapter", out=tmp_path / "new" / "deep" / "merged")
