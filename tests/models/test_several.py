@@ -261,7 +261,7 @@ def test_a_model_under_adapters_is_put_into_four_bits_and_copied(tmp_path):
 def test_threads_choose_for_themselves(tmp_path):
     base = build("llama")
     by_peft(base, tmp_path)
-    model, found, both = with_both(base, tmp_path), {}, threading.Barrier(2)
+    model, found, both = with_both(base, tmp_path), {}, threading.Barrier(2, timeout=30)
 
     def serve(name, tokens):
         with using_adapters(model, [name] * len(tokens)), using_adapters(model, [*[name] * (len(tokens) - 1), None]):
@@ -313,6 +313,17 @@ def test_a_classifiers_pooler_sees_one_row_for_each_text():
     for i, name in enumerate(["json", "sql", "json"]):
         with using_adapters(model, name):
             close(found[i], answer(model, TWO)[i])
+
+
+def test_whoever_watches_the_base_sees_its_own_answer():
+    model, seen = served(), []
+    layer = next(each for each in model.modules() if isinstance(each, NamedAdapters))
+    layer.base.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(2, 3, layer.base.in_features)
+    with using_adapters(model, ["sql", "json"]):
+        y = layer(x)
+    assert torch.equal(seen[0], layer.base(x))
+    assert not torch.equal(seen[0], y)
 
 
 class Expert(nn.Module):
