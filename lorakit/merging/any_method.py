@@ -71,7 +71,8 @@ def _by_peft(model: nn.Module, folder: Path, file: dict[str, Any], tensors: dict
     kind = file.get("peft_type")
     if kind not in PEFT_KINDS:
         raise AdapterError(f"expected a method of PEFT's, or the class of a layer of your own, {_known(kind)}")
-    peft, tuners = need("peft", extra="course"), need("peft.tuners.tuners_utils", extra="course")
+    with quiet():
+        peft, tuners = need("peft", extra="course"), need("peft.tuners.tuners_utils", extra="course")
     try:
         with quiet():
             whole = peft.PeftModel.from_pretrained(model, str(folder)).eval()
