@@ -23,6 +23,11 @@ def is_conv1d(module: nn.Module) -> TypeGuard[Any]:
     return library is not None and type(module) is library.Conv1D
 
 
+def stores_transposed(layer: nn.Module) -> bool:
+    """True for a layer that stores its weight as (d_in, d_out): `Conv1D`, and an embedding, seen as linear."""
+    return is_conv1d(layer) or isinstance(layer, nn.Embedding)
+
+
 def is_plain(module: nn.Module) -> bool:
     """True for an `nn.Linear` or a `Conv1D` that computes with its weight as it is, in a dtype that one computes in.
 
@@ -89,7 +94,7 @@ def dense_weight(base: nn.Module, dtype: torch.dtype) -> Float[Tensor, "d_out d_
     if not has_float_weight(base) or weight_of(base).ndim != 2:
         raise ValueError(f"expected a weight that can be read, got {storage_of(base)}")
     W = weight_of(base).detach().to(dtype)
-    return W.T if is_conv1d(base) else W
+    return W.T if stores_transposed(base) else W
 
 
 def has_float_weight(layer: nn.Module) -> bool:

@@ -14,9 +14,22 @@ from lorakit._suggest import near_names
 from lorakit._words import one_line, short
 from lorakit.layers.bases import is_conv1d, is_known
 from lorakit.layers.dora import DoRALinear
+from lorakit.layers.embedding import LoRAEmbedding
 from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear, ScaleRule, checked_scale
 from lorakit.layers.pissa import PiSSALinear, olora_start, pissa_start
+from lorakit.layers.settings import (
+    TASK_HEADS,
+    flag,
+    ids_to_peft,
+    integer,
+    listed,
+    number,
+    read_setting,
+    several_names,
+    text,
+    token_ids,
+)
 
 # Settings of a peft.LoraConfig that leave LoRA plain, or that are read here; names follow PEFT 0.21.
 PLAIN = {
@@ -24,7 +37,7 @@ PLAIN = {
     *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying", "target_parameters"),
+    *("runtime_config", "ensure_weight_tying", "target_parameters", "modules_to_save", "trainable_token_indices"),
 }
 SECONDS = 0.02  # of the processor, for matching one name: others than those that never end take microseconds
 
@@ -55,6 +68,12 @@ class LoRAConfig:
             full or its last parts; None for none, but beside `"all-linear"` for all experts. PEFT's own "all-linear"
             differs for experts: where it knows the architecture (Mixtral, Qwen-MoE and their like) it adapts routers
             too, gives `gate_up_proj` twice the rank, and passes over shared experts; elsewhere it leaves experts out.
+        modules_to_save: modules that train whole beside the adapters, such as a classifier: each whose name ends with
+            one of these, so that "norm" means every norm of a Llama, as in PEFT. Adapters leave them alone.
+        trainable_token_indices: token ids whose rows of the input embedding train; or name of an embedding or output
+            layer -> ids. Layers that share the weight follow, unless they are given other ids.
+        ensure_weight_tying: where the input embedding or a layer that shares its weight is adapted or trains whole, one
+            change for all of them. Without it each is what its own name says, and merging ends the sharing.
 
     Raises:
         ValueError: a setting is out of range, or the class does not know it.
@@ -73,9 +92,12 @@ class LoRAConfig:
     layers_to_transform: Iterable[int] = ()
     layers_pattern: str | Iterable[str] = ()
     target_parameters: Iterable[str] | None = None
+    modules_to_save: Iterable[str] = ()
+    trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] = field(default=(), hash=False)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self):
-        parameters = _read("target_parameters", {"target_parameters": self.target_parameters}, _parameters)
+        parameters = read_setting("target_parameters", {"target_parameters": self.target_parameters}, _parameters)
         object.__setattr__(self, "target_parameters", parameters)
         if not isinstance(self.targets, str):
             if not isinstance(self.targets, Iterable):
@@ -86,8 +108,8 @@ class LoRAConfig:
                 raise ValueError(f"expected {name} as a dict, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dict(getattr(self, name)))
         for name, read in READ.items():
-            value = _read(name, vars(self), read)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
+            value = read_setting(name, vars(self), read)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         pairs = [(self.rank, self.alpha)]
         pairs += [(rank, self.alpha) for rank in self.rank_pattern.values()]
         pairs += [(self.rank, alpha) for alpha in self.alpha_pattern.values()]
@@ -139,7 +161,8 @@ class LoRAConfig:
 
     def _make(self, name: str, base: nn.Module, parameters: Sequence[str]) -> nn.Module:
         if not parameters:
-            return self.layer(base, *self.at(name), **self._keywords())
+            layer = LoRAEmbedding if self.layer is LoRALinear and isinstance(base, nn.Embedding) else self.layer
+            return layer(base, *self.at(name), **self._keywords())
         if names_a_layer(base, parameters):
             return self.layer(base, *self.at(f"{name}.weight"), **self._keywords())
         if self.layer is not LoRALinear or self.dropout or self.settings:
@@ -181,11 +204,16 @@ class LoRAConfig:
             "layers_to_transform": list(self.layers_to_transform) or None,
             "layers_pattern": list(self.layers_pattern) or None,
             "target_parameters": None if self.target_parameters is None else list(self.target_parameters),
+            "modules_to_save": list(self.modules_to_save) or None,
+            "trainable_token_indices": ids_to_peft(self.trainable_token_indices),
+            "ensure_weight_tying": self.ensure_weight_tying,
         } | _method_to_peft(self.layer, self.settings)
 
     @classmethod
     def from_peft(cls, config: Any) -> "LoRAConfig":
         """What a `peft.LoraConfig`, or its dict, means: plain LoRA, rsLoRA, DoRA, PiSSA or OLoRA.
+
+        A `task_type` such as "SEQ_CLS" adds the heads that PEFT adds to `modules_to_save`.
 
         Raises:
             ValueError: it is another method, has a setting that is not read here, or one that is out of range.
@@ -201,19 +229,25 @@ class LoRAConfig:
                 raise ValueError(f"expected plain LoRA, got {key} = {short(value)}")
         layer, settings = _method_from_peft(config)
         return cls(
-            rank=_read("r", config, _integer),
-            alpha=_read("lora_alpha", config, _number),
-            dropout=_read("lora_dropout", config, lambda value: _number(0.0 if value is None else value)),
-            scale_rule="rslora" if _read("use_rslora", config, _flag) else "lora",
+            rank=read_setting("r", config, integer),
+            alpha=read_setting("lora_alpha", config, number),
+            dropout=read_setting("lora_dropout", config, lambda value: number(0.0 if value is None else value)),
+            scale_rule="rslora" if read_setting("use_rslora", config, flag) else "lora",
             targets=_targets_from_peft(config),
-            exclude_modules=_last_parts(_read("exclude_modules", config, _names)),
+            exclude_modules=_last_parts(read_setting("exclude_modules", config, _names)),
             layers_to_transform=_layers_from_peft(config),
-            layers_pattern=_read("layers_pattern", config, READ["layers_pattern"]),
+            layers_pattern=read_setting("layers_pattern", config, READ["layers_pattern"]),
             layer=layer,
             settings=settings,
-            rank_pattern=_read("rank_pattern", config, lambda value: _each(_integer, value)),
-            alpha_pattern=_read("alpha_pattern", config, lambda value: _each(_number, value)),
-            target_parameters=_read("target_parameters", config, _parameters),
+            rank_pattern=read_setting("rank_pattern", config, lambda value: _each(integer, value)),
+            alpha_pattern=read_setting("alpha_pattern", config, lambda value: _each(number, value)),
+            target_parameters=read_setting("target_parameters", config, _parameters),
+            modules_to_save=[
+                *read_setting("modules_to_save", config, several_names),
+                *TASK_HEADS.get(str(getattr(config.get("task_type"), "value", config.get("task_type"))), ()),
+            ],
+            trainable_token_indices=read_setting("trainable_token_indices", config, token_ids),
+            ensure_weight_tying=read_setting("ensure_weight_tying", config, flag),
         )
 
 
@@ -269,7 +303,7 @@ def _method_to_peft(layer: Callable[..., nn.Module], settings: Mapping[str, Any]
 
 
 def _method_from_peft(config: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    start, dora = config.get("init_lora_weights", True), _read("use_dora", config, _flag)
+    start, dora = config.get("init_lora_weights", True), read_setting("use_dora", config, flag)
     if start in (True, None):
         return (DoRALinear if dora else LoRALinear), {}
     quick = re.fullmatch(r"pissa_niter_(\d+)", str(start))
@@ -282,7 +316,7 @@ def _method_from_peft(config: Mapping[str, Any]) -> tuple[Callable[..., nn.Modul
 
 def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
     """`find_targets`' way to say which layers a config adapts (PEFT's `check_target_module_exists`)."""
-    targets = _read("target_modules", config, _names)
+    targets = read_setting("target_modules", config, _names)
     if not targets:
         if config.get("target_parameters"):
             return []
@@ -292,7 +326,7 @@ def _targets_from_peft(config: Mapping[str, Any]) -> str | list[str]:
 
 def _layers_from_peft(config: Mapping[str, Any]) -> list[int]:
     """Which blocks; PEFT does not look at them where targets are an expression."""
-    numbers = _read("layers_to_transform", config, READ["layers_to_transform"])
+    numbers = read_setting("layers_to_transform", config, READ["layers_to_transform"])
     return [] if isinstance(config.get("target_modules"), str) else numbers
 
 
@@ -309,41 +343,10 @@ def _whole_names(names: str | Iterable[str]) -> str | list[str]:
     return rf"(.*\.)?({names})" if whole is None else whole
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(value)
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(value)
-    return value
-
-
 def _each(read: Callable[[Any], Any], patterns: Any) -> dict[str, Any]:
     if not isinstance(patterns, Mapping | None):
         raise TypeError(patterns)
     return {_compiled(key): read(value) for key, value in (patterns or {}).items()}
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool | None):
-        raise TypeError(value)
-    return bool(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
-
-
-def _list(read: Callable[[Any], Any], value: Any) -> list[Any]:
-    """What `read` makes of each of a list, of a single value, or of none."""
-    values = sorted(value) if isinstance(value, set | frozenset) else value
-    many = values if isinstance(values, list | tuple) else [] if values is None else [values]
-    return [read(each) for each in many]
 
 
 def _parameters(value: Any) -> tuple[str, ...] | None:
@@ -352,27 +355,21 @@ def _parameters(value: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(value, str | bytes | Mapping):
         raise TypeError(value)
-    return tuple(dict.fromkeys(_list(_text, value if isinstance(value, set | frozenset) else list(value))))
+    return tuple(dict.fromkeys(listed(text, value if isinstance(value, set | frozenset) else list(value))))
 
 
 def _names(value: Any) -> str | list[str]:
     """A regular expression, or a list of names."""
-    return _compiled(value) if isinstance(value, str) else _list(_text, value)
+    return _compiled(value) if isinstance(value, str) else listed(text, value)
 
 
 READ: dict[str, Callable[[Any], Any]] = {  # how some settings are read, from PEFT or from somebody who types them
     "exclude_modules": _names,
-    "layers_to_transform": lambda value: _list(_integer, value),
-    "layers_pattern": lambda value: _list(_compiled, value),
+    "layers_to_transform": lambda value: listed(integer, value),
+    "layers_pattern": lambda value: listed(_compiled, value),
+    "modules_to_save": several_names,
+    "trainable_token_indices": token_ids,
 }
-
-
-def _read(key: str, config: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
-    value = config.get(key)
-    try:
-        return read(value)
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError(f"expected a valid {key}, got {short(value)}") from None
 
 
 def _expression(targets: str | Iterable[str]) -> str:

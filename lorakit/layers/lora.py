@@ -16,9 +16,9 @@ from lorakit.layers.bases import (
     factors_like,
     frozen_weight,
     has_float_weight,
-    is_conv1d,
     linear_shape,
     storage_of,
+    stores_transposed,
     weight_of,
 )
 from lorakit.layers.bnb import is_linear4bit, keep_order
@@ -92,9 +92,7 @@ class LoRALinear(nn.Module):
             raise ValueError("expected a plain linear layer, got a LoRALinear: it is adapted already")
         self.scale = checked_scale(rank, alpha, dropout, scale_rule)
         self.rank, self.alpha, self.scale_rule = rank, alpha, scale_rule
-        d_out, d_in = linear_shape(base)
-        dtype, device = factors_like(base)
-        check_linear(base, d_out, d_in)
+        d_out, d_in, dtype, device = self.fitting(base)
         if is_linear4bit(base):
             keep_order(base)
         self.base = base.requires_grad_(False)
@@ -103,6 +101,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.training = self.dropout.training = base.training
+
+    @staticmethod
+    def fitting(base: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
+        """The d_out and d_in of a layer that can be adapted, and the dtype and device of A and B; refuses others."""
+        d_out, d_in = linear_shape(base)
+        dtype, device = factors_like(base)
+        check_linear(base, d_out, d_in)
+        return d_out, d_in, dtype, device
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if self.drops or (W := frozen_weight(self.base, x)) is None:
@@ -184,7 +190,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"expected a layer that is called, got its weight read: {self.base} cannot have dropout")
         stored, W = weight_of(self.base), dense_weight(self.base, self.A.dtype) + self.delta_weight()
         W = W.to(stored.dtype) if stored.is_floating_point() else W.to(getattr(self.base, "dtype", W.dtype))
-        return W.T if is_conv1d(self.base) else W
+        return W.T if stores_transposed(self.base) else W
 
     @property
     def bias(self) -> Tensor | None:

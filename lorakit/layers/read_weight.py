@@ -7,7 +7,7 @@ eval mode, Mamba with its `dt_proj`. It must get the weight that counts, adapter
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 # what may be asked of a stored weight: its description, as methods and as attributes
@@ -36,6 +36,18 @@ ATTRIBUTES: tuple[str, ...] = (
     "is_meta",
 )
 ATTRIBUTES += ("is_sparse", "is_quantized", "is_leaf", "requires_grad", "grad_fn", "names", "is_mps", "is_xpu")
+
+
+SIZES = ("num_embeddings", "embedding_dim", "padding_idx", "in_features", "out_features")
+
+
+class HasSizes(nn.Module):
+    """A module around a `base`, whose sizes it has as well, for code that asks an embedding or a head for them."""
+
+    base: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name) if name in SIZES else super().__getattr__(name)
 
 
 class ReadWeight(Tensor):

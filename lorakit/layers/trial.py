@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit._random import seeded
 from lorakit._words import one_line
-from lorakit.layers.bases import FLOATS, is_conv1d, is_known, weight_of
+from lorakit.layers.bases import FLOATS, has_float_weight, is_known, storage_of, stores_transposed, weight_of
 
 ROUNDED = 0.1  # of the norm: a layer may round its inputs to a byte, and be linear to that
 SAME = {8: 1e-4, 4: 1e-4, 2: 0.05}  # of the norm, by bytes a value: so near is the answer of the weight itself
@@ -70,7 +70,7 @@ def check_weight(layer: nn.Module, W: Float[Tensor, "d_out d_in"]) -> None:
     Raises:
         ValueError: it computes with something else.
     """
-    if is_known(layer):
+    if is_known(layer) or isinstance(layer, nn.Embedding):  # `check_embedding` has seen it
         return
     with _undisturbed(layer), torch.no_grad():
         x = _rows(W.shape[1], 0.5).to(W.device, _dtypes(layer)[0])
@@ -84,8 +84,46 @@ def check_weight(layer: nn.Module, W: Float[Tensor, "d_out d_in"]) -> None:
         raise ValueError(f"{DERIVED}, got {type(layer).__name__}: make it a plain layer first")
 
 
+def check_embedding(layer: nn.Module) -> None:
+    """Refuses a layer that does not answer token ids with rows of its weight, times its `embed_scale` if it has one.
+
+    Raises:
+        ValueError: says what it does instead.
+    """
+    if not isinstance(layer, nn.Embedding) or not has_float_weight(layer):
+        raise ValueError(f"expected an embedding of plain numbers, got {storage_of(layer)}")
+    if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+        raise ValueError(f"expected an embedding without max_norm, scale_grad_by_freq and sparse, got {layer}")
+    if type(layer) is nn.Embedding:
+        return
+    with _undisturbed(layer), torch.no_grad():
+        ids = torch.arange(min(4, layer.num_embeddings), dtype=torch.long, device=layer.weight.device)[None]
+        rows = weight_of(layer)[ids] * row_scale(layer)
+        try:
+            same = not _has_values(rows) or torch.allclose(layer(ids), rows.to(layer.weight.dtype), rtol=1e-2)
+        except Exception:  # it is called otherwise
+            same = False
+    if not same:
+        raise ValueError(f"expected an embedding, got {type(layer).__name__}, which does more than look its rows up")
+
+
+def row_scale(embedding: nn.Module) -> Tensor | float:
+    """What an embedding multiplies its rows with, as Gemma's and BART's do."""
+    return getattr(embedding, "embed_scale", 1.0)
+
+
 def plus(layer: nn.Module, delta: Float[Tensor, "d_out d_in"]) -> nn.Module:
     """A copy of a linear layer with `weight + delta`, summed in delta's dtype and rounded once to the weight's.
+
+    Raises:
+        ValueError: it computes with something else than its weight.
+    """
+    change = delta.T if stores_transposed(layer) else delta
+    return with_weight(layer, weight_of(layer).detach().to(delta.dtype) + change)
+
+
+def with_weight(layer: nn.Module, stored: Tensor) -> nn.Module:
+    """A copy of a linear layer or an embedding with another weight, as it stores it, rounded to its weight's dtype.
 
     Raises:
         ValueError: it computes with something else than its weight.
@@ -93,9 +131,8 @@ def plus(layer: nn.Module, delta: Float[Tensor, "d_out d_in"]) -> nn.Module:
     if "weight" not in layer._parameters:
         raise ValueError(f"{DERIVED}, got {type(layer).__name__}: make it a plain layer first")
     W = weight_of(layer)
-    change = delta.T if is_conv1d(layer) else delta  # as the layer stores its weight
     new = copy.deepcopy(layer, {id(W): W})  # a copy of all but the weight
-    total = (W.detach().to(delta.dtype) + change).to(W.dtype)
+    total = stored.detach().to(W.dtype)
     try:
         new.weight = nn.Parameter(total, requires_grad=False)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:

@@ -15,8 +15,8 @@ from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import checked_scale
 from lorakit.layers.lowrank import effective_rank, factored_singular_values
 from lorakit.merging.serving import EXPERTS, Extra, Served, served_by
+from lorakit.models.file_layers import PREFIX
 from lorakit.models.peft_files import CONFIG, WEIGHTS, AdapterError, as_config, digest, read_both
-from lorakit.models.save_load import PREFIX
 from lorakit.models.targets import is_target
 
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")

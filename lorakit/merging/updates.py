@@ -17,9 +17,9 @@ from lorakit.layers.bases import linear_shape
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.experts import LoRAExperts, stack_shape
 from lorakit.layers.lora import LoRALinear, checked_scale
+from lorakit.models.file_layers import FACTORS, PREFIX, without_wrappers
 from lorakit.models.inject import adapters, check_plain, grads_kept, wrap
 from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter
-from lorakit.models.save_load import FACTORS, PREFIX, without_wrappers
 from lorakit.models.several import add_adapter
 from lorakit.models.targets import is_target, plain_modules
 
@@ -161,7 +161,7 @@ def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
 def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     keys: dict[str, tuple[str, str]] = {}
 
-    def check(header: dict[str, Tensor], file: dict[str, Any]) -> None:
+    def check(header: dict[str, Tensor], file: dict[str, Any], _: dict[str, str]) -> None:
         if file.get("use_dora"):
             raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
         if file.get("target_parameters"):

@@ -13,12 +13,14 @@ from lorakit._random import alone
 from lorakit.layers.adapter import is_adapter
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import LoRALinear
+from lorakit.models.beside import plan
 from lorakit.models.coverage import USUAL, Kinds, by_kind, unusual
-from lorakit.models.targets import chosen_layers, named_modules
+from lorakit.models.targets import named_modules
 
 FIELDS = (  # of a LoRAConfig, by their names in `inject`
     *("dropout", "scale_rule", "rank_pattern", "alpha_pattern", "target_parameters"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 )
 
 
@@ -171,6 +173,8 @@ def inject(
 
         lorakit.inject(model, rank=16, alpha=32)
         lorakit.inject(model, lorakit.LoRAConfig(16, 32))  # the same
+        lorakit.inject(bert, rank=16, alpha=32, modules_to_save=["classifier"])
+        lorakit.inject(model, rank=16, alpha=32, trainable_token_indices=tokenizer.convert_tokens_to_ids(new_tokens))
 
     Args:
         model: any module: Llama-like, GPT-2 with its Conv1D, BERT, or the reader's own.
@@ -179,7 +183,8 @@ def inject(
         targets: which layers, as in `find_targets`.
         layer: the adapter's class, called as `layer(base, rank, alpha, **settings)`.
         settings: more of a `LoRAConfig`, such as `dropout`, `scale_rule`, `rank_pattern`, `exclude_modules`,
-            `layers_to_transform` and `target_parameters`; and what other classes have more.
+            `layers_to_transform`, `target_parameters`, `modules_to_save` and `trainable_token_indices`; and what other
+            classes have more.
 
     Returns:
         the same model; `count` says how many of its parameters train, and what has no adapter. Of "all-linear" that is
@@ -207,9 +212,10 @@ def inject(
 def put_in(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """As `inject`, without a word."""
     check_plain(model)
-    chosen = chosen_layers(model, config)
+    lora, beside = plan(model, config)
+    makers = lora | beside
     with alone:  # another thread's training has the random state while it draws
-        return wrap(model, chosen, lambda name, base: config.make(name, base, chosen[name]))
+        return wrap(model, makers, lambda name, base: makers[name](base))
 
 
 def _tell(left: Kinds) -> None:

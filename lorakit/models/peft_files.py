@@ -27,11 +27,12 @@ CHECKSUM = "lorakit_xxh3"  # a field of the safetensors header, which PEFT ignor
 # Of an adapter that is saved over another one, the weights' header carries the new settings and a checksum of the file
 # of settings before it: the weights' new name is the switch, whether or not the settings' new name came after it.
 SETTINGS, REPLACED = "lorakit_config", "lorakit_replaced_xxh3"
+VOCABULARY = "lorakit_vocabulary"  # how many tokens the adapter's model had
 EDITABLE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")  # settings outside the checksum
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that keep the base's weights
 MAX_SETTINGS = 1 << 24  # bytes; PEFT's files have a few thousand
-Check = Callable[[dict[str, Tensor], dict[str, Any]], object]
+Check = Callable[[dict[str, Tensor], dict[str, Any], dict[str, str]], object]
 
 
 class AdapterError(ValueError):
@@ -41,13 +42,15 @@ class AdapterError(ValueError):
         super().__init__(shortened(message, 1000))  # a file's names and settings may have any length
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes both files into the folder, which is made if missing, with a checksum over both.
+def write_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], further: Mapping[str, str] | None = None
+) -> None:
+    """Writes both files into the folder, which is made if missing, with a checksum over both, and `further` metadata.
 
     A reader, and whoever comes after a kill, finds the adapter that was there or the new one, never half of each.
     """
     check_finite(tensors)
-    metadata = {"format": "pt", CHECKSUM: digest(tensors, config)}
+    metadata = {"format": "pt", CHECKSUM: digest(tensors, config), **(further or {})}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -60,7 +63,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
 
 
 def read_adapter(
-    folder: Path, kinds: Container[str] | None = ("LORA",), check: Check = lambda header, config: None
+    folder: Path, kinds: Container[str] | None = ("LORA",), check: Check = lambda *_: None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads both files: the settings first, then the names and shapes, and the tensors only if all of that is right.
 
@@ -68,7 +71,7 @@ def read_adapter(
         folder: holds both files.
         kinds: the methods that are welcome, as `peft_type` names them; None for any.
         check: called before a tensor is read, with what the file says of them (tensors with shapes and dtypes, on the
-            device "meta") and the settings; it raises what is wrong.
+            device "meta"), the settings, and the metadata of the tensors' header; it raises what is wrong.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -84,7 +87,7 @@ def read_adapter(
 def read_both(
     folder: Path,
     look: Callable[[dict[str, Any]], None] = lambda config: None,
-    check: Check = lambda header, config: None,
+    check: Check = lambda *_: None,
 ) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
     """Tensors, settings and checksum of one adapter, though somebody may save another over it meanwhile.
 
@@ -101,7 +104,7 @@ def read_both(
                 config = _parse(text, folder / CONFIG)
                 look(config)
                 header = {key: _described(key, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
-                check(header, config)
+                check(header, config, metadata)
                 return {key: file.get_tensor(key) for key in header}, config, metadata.get(CHECKSUM)
         text = again
 
@@ -200,6 +203,16 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
         finite = all(map(math.isfinite, tensor.aminmax())) if fast else tensor.isfinite().all()  # NaN is both
         if not finite:
             raise AdapterError(f"expected finite values, got NaN or infinity in {key!r}")
+
+
+def check_shape(tensor: Tensor, shape: tuple[int, ...], part: str, name: str) -> None:
+    """Refuses a file's tensor that is not of this shape.
+
+    Raises:
+        AdapterError: it is of another, or holds no floats.
+    """
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise AdapterError(f"expected floats of shape {shape} for {part} of layer {name!r}, got {tuple(tensor.shape)}")
 
 
 def digest(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:

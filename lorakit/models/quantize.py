@@ -11,7 +11,9 @@ from torch import nn
 from lorakit._suggest import near_names
 from lorakit.layers.bases import FLOATS, dense_weight, is_plain, storage_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
+from lorakit.layers.embedding import LoRAEmbedding
 from lorakit.layers.nf4_linear import NF4Linear
+from lorakit.models.beside import BESIDE
 from lorakit.models.coverage import by_kind, unusual
 from lorakit.models.inject import adapters, check_module, check_plain, replace, shared_weights
 from lorakit.models.targets import find_targets, named_modules, plain_modules
@@ -23,7 +25,8 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
     Adapters come afterwards: `lorakit.inject(quantize_model(model), rank, alpha)` is QLoRA. What is not replaced keeps
     its dtype: embeddings, norms, the output head; and experts that are parameters and no layers, which are most of a
     mixture: a line that is printed says what share that is. In a model that has adapters already, the bases under them
-    are replaced: for PiSSA, whose residual suffers less from rounding than the weight.
+    are replaced: for PiSSA, whose residual suffers less from rounding than the weight. What trains beside them, modules
+    and rows of tokens, stays as it is.
 
     Args:
         model: plain, or with lorakit's adapters and all of their bases to be quantised; on any device.
@@ -40,7 +43,7 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
     shared, wrapped = shared_weights(model), adapters(model)
     layers: dict[str, Any]
     if wrapped and targets == "all-linear":
-        layers = {name: layer.base for name, layer in wrapped.items()}
+        layers = {name: each.base for name, each in wrapped.items() if not isinstance(each, (*BESIDE, LoRAEmbedding))}
     else:
         check_plain(model)
         modules = dict(named_modules(model))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakit._suggest import near_names
 from lorakit.layers.named_adapters import Choice, Chosen, NamedAdapters, Rows
+from lorakit.models.beside import BESIDE
 from lorakit.models.inject import adapters, check_plain, grads_kept, replace
 from lorakit.models.merge import remove
 from lorakit.models.save_load import as_file, read_layers
@@ -57,7 +58,12 @@ def add_adapter(model: nn.Module, name: str, source: Source, layer: Layer | None
     bases |= {key: each for key, each in linear_layers(model).items() if not key.startswith(inside)}
     choice = next((each.choice for each in present.values()), Choice())
     with grads_kept(model):
-        made = read_layers(model, *_read(model, source, layer), bases)
+        made, rows = read_layers(model, *_read(model, source, layer), bases)
+        if rows or (odd := [key for key, each in made.items() if isinstance(each, BESIDE)]):
+            what = "other rows of its vocabulary" if rows else f"{', '.join(odd)}, which train beside it"
+            raise ValueError(
+                f"expected an adapter of LoRA alone, got {what}: load_adapter takes it, on a model of its own"
+            )
         experts = _experts(model)
         new = {key: NamedAdapters(bases[key], choice, key, key in experts) for key in made.keys() - present.keys()}
         replace(model, {each.base: each for each in new.values()})

@@ -1,7 +1,7 @@
 """Which layers of a model get an adapter: all linear ones, or those that a name or an expression chooses."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from lorakit._suggest import near_names
 from lorakit.layers.adapter import is_adapter
 from lorakit.layers.bases import FLOATS, is_conv1d, is_known, linear_shape
 from lorakit.layers.config import LoRAConfig, matches
-from lorakit.layers.trial import check_linear
+from lorakit.layers.trial import check_embedding, check_linear
 
 HEAD_NAMES = ("score", "classifier")  # a classifier's output layer, as transformers names it
 WRAPPERS = {  # class -> the name under which it holds what it wraps
@@ -62,9 +62,14 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear-like layers by name, in the model's order; a layer that is registered twice appears once."""
-    return {
-        name: module for name, module in named_modules(model) if name and (_is_linear(module) or not _why_not(module))
-    }
+    return {name: m for name, m in named_modules(model) if name and (_is_linear(m) or not _refusal(_check_linear, m))}
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers that can have an adapter, by name, in the model's order: linear ones, and embeddings."""
+    linear = linear_layers(model)
+    modules = {name: m for name, m in named_modules(model) if name}
+    return {name: m for name, m in modules.items() if name in linear or not _refusal(check_embedding, m)}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -73,10 +78,14 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.LazyLinear) or is_conv1d(module) or quantised
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Why a module is no linear layer; None if it is one."""
+def _check_linear(module: nn.Module) -> None:
+    check_linear(module, *linear_shape(module))
+
+
+def _refusal(check: Callable[[nn.Module], None], module: nn.Module) -> str | None:
+    """What a check says against a module; None if it says nothing."""
     try:
-        check_linear(module, *linear_shape(module))
+        check(module)
     except ValueError as error:
         return str(error)
     return None
@@ -104,12 +113,13 @@ def is_target(name: str, targets: str | Iterable[str]) -> bool:
 
 
 def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") -> list[str]:
-    """Names of the linear layers that `targets` chooses, in the model's order.
+    """Names of the linear layers, and embeddings, that `targets` chooses, in the model's order.
 
     Args:
         model: any module.
         targets: `"all-linear"` for every linear layer but the output head and routers; a list of names, each a full
-            name or its last parts (`"q_proj"`); or a string, a regular expression for the full name or its last parts.
+            name or its last parts (`"q_proj"`, `"embed_tokens"`); or a string, a regular expression for the full name
+            or its last parts, which may name embeddings, too.
 
     Raises:
         ValueError: a target chooses nothing (the message lists near names), is not a valid expression, or takes long to
@@ -124,14 +134,15 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
         if any(not isinstance(name, str) for name in names):
             raise ValueError(f"expected targets as names or one regular expression, got {targets!r}")
         targets = names
-    layers = linear_layers(model)
     if isinstance(targets, str) and targets == "all-linear":
+        layers = linear_layers(model)
         heads, blocks = output_heads(model), expert_blocks(model)
         chosen = [name for name, module in layers.items() if not any(module is head for head in heads)]
         chosen = [name for name in chosen if not (blocks and is_router(name, linear_shape(layers[name])[0], blocks))]
         if not chosen:
             raise ValueError(f"expected linear layers in the model, got none in {type(model).__name__}")
         return chosen
+    layers = adaptable_layers(model)
     if isinstance(targets, str):
         found = {targets: [name for name in layers if is_target(name, targets)]}
     else:
@@ -180,12 +191,13 @@ def chosen_layers(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[str, 
         raise ValueError(f"expected layers that are not excluded, got none of {chosen} and the like")
     heads = output_heads(model)
     if isinstance(config.targets, str):
-        for name in [name for name in kept if any(model.get_submodule(name) is head for head in heads)]:
-            if name.rsplit(".", 1)[-1] not in config.targets:
-                warnings.warn(
-                    f"{config.targets!r} chooses the output head, too: exclude_modules={[name]} leaves it out",
-                    stacklevel=3,
-                )
+        modules = {name: model.get_submodule(name) for name in kept if name.rsplit(".", 1)[-1] not in config.targets}
+        ends = {name: "the output head" for name, module in modules.items() if any(module is head for head in heads)}
+        ends |= {name: "an embedding" for name, module in modules.items() if isinstance(module, nn.Embedding)}
+        for name, what in ends.items():
+            warnings.warn(
+                f"{config.targets!r} chooses {what}, too: exclude_modules={[name]} leaves it out", stacklevel=4
+            )
     return kept
 
 
@@ -254,7 +266,8 @@ def parents(name: str) -> list[str]:
 def _no_match(model: nn.Module, target: str, layers: Iterable[str]) -> str:
     other = next((m for name, m in named_modules(model) if name and is_named(name, target)), None)
     if other is not None:
-        why = f": {_why_not(other)}" if hasattr(other, "out_features") else ""
+        check = check_embedding if isinstance(other, nn.Embedding) else _check_linear
+        why = f": {_refusal(check, other)}" if check is check_embedding or hasattr(other, "out_features") else ""
         return f"expected targets that are linear layers, got {target!r}, which is a {type(other).__name__}{why}"
     known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers)
     return f"expected targets that match a linear layer, {near_names(target, known)}"

@@ -26,9 +26,15 @@ def peft_model(base: torch.nn.Module, **settings) -> peft.PeftModel:
 
 def gradients(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Gradients of a scalar of the logits, by PEFT's names without its wrappers."""
-    logits = logits_of(model, name, grad=True)
-    logits.float().log_softmax(-1)[..., 5].mean().backward()
-    replaced = [("base_model.model.", ""), (".default.weight", ""), (".lora_A", ".A"), (".lora_B", ".B")]
+    return gradients_of(model, logits_of(model, name, grad=True))
+
+
+def gradients_of(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same from logits of any model."""
+    logits.float().log_softmax(-1)[..., -1].mean().backward()
+    replaced = [("base_model.model.", ""), (".modules_to_save.default", ".trained"), (".default.weight", "")]
+    replaced += [(f".lora_{part}", f".{part[-1].upper()}") for part in ("embedding_A", "embedding_B", "A", "B")]
+    replaced += [("token_adapter.trainable_tokens_delta", "rows"), (".default", "")]
     found = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:

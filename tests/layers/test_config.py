@@ -214,11 +214,14 @@ def test_what_would_choose_otherwise_than_meant_is_refused(settings, words):
 
 
 def test_an_expression_that_takes_the_output_head_by_the_way_says_so():
-    with pytest.warns(UserWarning, match=r"chooses the output head, too: exclude_modules=\['lm_head'\]"):
+    with (
+        pytest.warns(UserWarning, match=r"chooses the output head, too: exclude_modules=\['lm_head'\]"),
+        pytest.warns(UserWarning, match=r"chooses an embedding, too: exclude_modules=\['model.embed_tokens'\]"),
+    ):
         inject(build("llama"), 4, 8, r"(?!.*down_proj).*")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        inject(build("llama"), 4, 8, r"(?!.*down_proj).*", exclude_modules=["lm_head"])
+        inject(build("llama"), 4, 8, r"(?!.*down_proj).*", exclude_modules=["lm_head", "embed_tokens"])
         inject(build("llama"), 4, 8, r"lm_head|q_proj")
         inject(build("llama"), 4, 8, ["lm_head"])
 
@@ -237,7 +240,8 @@ def test_the_first_number_in_a_name_is_the_layers():
 
 REFUSED = {
     "lora_bias": ({"lora_bias": True}, "got lora_bias = True"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "got modules_to_save"),
+    "modules_to_save as text": ({"modules_to_save": "lm_head"}, "valid modules_to_save"),
+    "token ids as text": ({"trainable_token_indices": ["a"]}, "valid trainable_token_indices"),
     "another start": ({"init_lora_weights": "gaussian"}, "init_lora_weights = 'gaussian'"),
     "a random B": ({"init_lora_weights": False}, "init_lora_weights = False"),
     "no targets": ({"target_modules": None}, "valid target_modules"),

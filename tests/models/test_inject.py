@@ -9,7 +9,7 @@ from helpers.parity import randomise, snapshot, unchanged
 from torch import nn
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaForCausalLM
 
-from lorakit import LoRALinear, adapters, count, find_targets, inject, merge, remove, save_adapter
+from lorakit import DoRALinear, LoRALinear, adapters, count, find_targets, inject, merge, remove, save_adapter
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -109,7 +109,19 @@ BAD = {
     "a broken regex": ({"targets": "layers.(1"}, "regular expression"),
     "an empty list": ({"targets": []}, "empty"),
     "a container": ({"targets": ["mlp"]}, "LlamaMLP"),
-    "an embedding": ({"targets": ["embed_tokens"]}, "Embedding"),
+    "a norm": ({"targets": ["norm"]}, "RMSNorm"),
+    "DoRA on an embedding": ({"targets": ["embed_tokens"], "layer": DoRALinear}, "Embedding"),
+    "a whole module's typing error": ({"modules_to_save": ["lm_haed"]}, "lm_head"),
+    "no classifier there": ({"modules_to_save": ["classifier", "score"]}, "classifier"),
+    "everything whole": ({"modules_to_save": ["model"]}, "targets beside"),
+    "tokens that are not there": (
+        {"trainable_token_indices": [60, 61]},
+        "from 0 to 60, got 61.*resize_token_embeddings",
+    ),
+    "a token twice": ({"trainable_token_indices": [3, 3]}, "different"),
+    "tokens of no table": ({"trainable_token_indices": {"norm": [3]}}, "norm"),
+    "rows and LoRA": ({"targets": ["q_proj", "embed_tokens"], "trainable_token_indices": [3]}, "one way"),
+    "rows and all": ({"modules_to_save": ["embed_tokens"], "trainable_token_indices": [3]}, "one way"),
     "rank 0": ({"rank": 0}, "rank"),
     "dropout 1": ({"dropout": 1.0}, "dropout"),
 }

@@ -109,7 +109,6 @@ def test_pefts_settings_survive_the_way_here_and_back(case, tmp_path):
 REFUSED = {
     "bias": ({"bias": "lora_only"}, "bias"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
     "olora": ({"init_lora_weights": "olora"}, "olora"),
 }
