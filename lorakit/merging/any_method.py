@@ -49,9 +49,11 @@ def put_on(model: nn.Module, folder: Path, layer: Callable[..., nn.Module] | Non
     """
     tensors, file, _ = read_both(folder)
     check_finite(tensors)
+    found: dict[str, nn.Module]
     if layer is not None or _is_plain(file):
         load_adapter(model, folder, layer)
-        found = adapters(model)
+        kinds: tuple[type[nn.Module], ...] = (LoRALinear, layer) if isinstance(layer, type) else (LoRALinear,)
+        found = {name: each for name, each in adapters(model).items() if isinstance(each, kinds)}  # see `check_rest`
     else:
         found = _by_peft(model, folder, file, tensors)
     model.eval().requires_grad_(False)
