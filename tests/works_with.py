@@ -65,6 +65,18 @@ WAYS = {
     "experts": Way(
         LoRAConfig(2, 4, targets=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]), "mixtral"
     ),
+    "whole norms (modules_to_save)": Way(
+        LoRAConfig(2, 4, modules_to_save=["norm"]), gpt2=LoRAConfig(2, 4, modules_to_save=["ln_f"])
+    ),
+    "token rows": Way(LoRAConfig(2, 4, trainable_token_indices=[5, 7])),
+    "embedding and head": Way(
+        LoRAConfig(2, 4, targets=["embed_tokens", "lm_head"]), gpt2=LoRAConfig(2, 4, targets=["wte", "lm_head"])
+    ),
+    "a tied embedding": Way(
+        LoRAConfig(2, 4, targets=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+        "llama-biased-tied",
+        LoRAConfig(2, 4, targets=["wte", "c_attn"], ensure_weight_tying=True),
+    ),
 }
 
 

@@ -34,7 +34,7 @@ class LoRAStack(nn.Module):
     scales: Tensor  # (K, 1, 1)
     tokens: int | None  # that a forward pass must have, if known
 
-    def __init__(self, layers: Sequence[LoRALinear | None], name: str = "this layer"):
+    def __init__(self, layers: Sequence[Any], name: str = "this layer"):
         super().__init__()
         present = [layer for layer in layers if layer is not None]
         if len({layer.base for layer in present}) != 1 or any(type(layer) is not LoRALinear for layer in present):

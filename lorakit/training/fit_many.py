@@ -121,7 +121,7 @@ def fit_many(
     return [Fitted(spec, run.history, layers, run.error) for spec, run, layers in zip(specs, runs, made, strict=True)]
 
 
-def _make(model: nn.Module, spec: Spec) -> dict[str, LoRALinear]:
+def _make(model: nn.Module, spec: Spec) -> dict[str, Any]:
     """The adapters that `inject` makes with this seed, taken out of the model again."""
     with seeded(spec.seed):
         put_in(model, spec.config)
