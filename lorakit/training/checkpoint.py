@@ -212,7 +212,13 @@ def _circumstances(model: nn.Module) -> dict[str, Any]:
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    torch.save(state | {"digest": digest(state)}, path)  # torch does not see damage to a tensor's bytes
+    try:
+        with open(path, "wb") as file:
+            torch.save(state | {"digest": digest(state)}, file)  # torch does not see damage to a tensor's bytes
+    except RuntimeError as error:  # of torch's writer, behind which a full disk stands
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
     try:
         _read(path)
     except pickle.UnpicklingError as error:  # better now than when it is needed

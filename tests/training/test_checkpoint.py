@@ -178,3 +178,15 @@ def test_a_digest_tells_examples_apart():
     ]
     assert len({digest(row) for row in rows}) == len(rows)
     assert digest(examples(3)) == digest(tuple(examples(3)))
+
+
+def test_a_file_that_cannot_be_written_is_an_oserror_with_place_and_reason(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes of a file; as a full disk, for this process
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*step-00000002\.pt'"):
+            train(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(tmp_path) == []
