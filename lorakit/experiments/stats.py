@@ -1,12 +1,13 @@
 """Intervals and comparisons, so that a difference can be told from chance, and so that "cannot be told" can be said."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from scipy.stats import binomtest, bootstrap, chi2, dunnett, t, ttest_ind
+from scipy.stats import bootstrap, chi2, dunnett, t, ttest_ind
 
 from lorakit._numbers import check_list, is_number
 from lorakit._words import short
@@ -15,21 +16,50 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tuple[float, float, float]:
+def accuracy_interval(
+    correct: Sequence[bool], confidence: float = 0.95, groups: Sequence[Hashable] | None = None
+) -> tuple[float, float, float]:
     """The share of correct answers and its Wilson interval (Wilson 1927), as (share, low, high), all in [0, 1].
 
     The interval holds for questions drawn from the same generator, with this one trained model; it says nothing about
     other seeds.
 
+    Args:
+        correct: whether each answer is.
+        confidence: in (0, 1).
+        groups: what each question belongs to, such as its table; None if all are independent. Questions of a group may
+            succeed or fail together, so that n of them tell as much as fewer independent ones; the interval is
+            Wilson's for that effective number (Korn and Graubard 1998, Survey Methodology 24, 193-201), and holds for
+            other groups of the kind. Where all answers are alike, nothing shows how groups differ, and it is n.
+
     Raises:
-        ValueError: no answers.
+        ValueError: no answers; fewer than two groups, or not one for each answer.
     """
     check_list("answers", correct)
     _check_confidence(confidence)
     if not len(correct) or any(answer not in (0, 1) for answer in correct):
         raise ValueError(f"expected at least one answer, each right or wrong, got {short(correct)}")
-    interval = binomtest(sum(correct), len(correct)).proportion_ci(confidence, method="wilson")
-    return sum(correct) / len(correct), float(interval.low), float(interval.high)
+    if groups is not None and len(groups) != len(correct):
+        raise ValueError(f"expected a group for each of {len(correct)} answers, got {len(groups)}")
+    n, share = len(correct), fmean(correct)
+    size = n if groups is None or share in (0, 1) else min(n, _effective_size(correct, groups, confidence))
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle, half = share + z**2 / (2 * size), z * math.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
+    low, high = ((middle + side * half) / (1 + z**2 / size) for side in (-1, 1))
+    return share, max(low, 0.0), min(high, 1.0)
+
+
+def _effective_size(correct: Sequence[bool], groups: Sequence[Hashable], confidence: float) -> float:
+    """How many independent answers tell as much about the share as these answers in groups."""
+    n, share, excess = len(correct), fmean(correct), Counter[Hashable]()
+    for answer, group in zip(correct, groups, strict=True):
+        excess[group] += answer - share
+    k = len(excess)
+    if k < 2:
+        raise ValueError(f"expected at least two groups, got {k}")
+    variance = k / (k - 1) * sum(each**2 for each in excess.values()) / n**2
+    few = t.ppf((1 + confidence) / 2, n - 1) / t.ppf((1 + confidence) / 2, k - 1)  # a variance from k groups alone
+    return float(share * (1 - share) / variance * few**2) if variance else n
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

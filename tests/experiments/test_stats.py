@@ -1,6 +1,7 @@
 """Intervals and verdicts, against scipy, by hand, and by how often they hold."""
 
 import math
+import random
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,27 @@ def test_intervals_of_one_arm():
     # tables of chi-squared, 4 degrees of freedom: 0.484 and 11.143
     expected = math.sqrt(2.5), math.sqrt(10 / 11.1433), math.sqrt(10 / 0.484419)
     assert deviation_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_interval_for_answers_in_groups():
+    alone = [True] * 8 + [False] * 2
+    assert accuracy_interval(alone * 9, groups=range(90)) == pytest.approx(accuracy_interval(alone * 9), abs=1e-3)
+    # alike within each group, ten groups tell as much as ten answers, and a little less: t for z
+    share, low, high = accuracy_interval(alone * 9, groups=list("abcdefghij") * 9)
+    plain = accuracy_interval(alone)
+    assert (share, low < plain[1], high > plain[2]) == (0.8, True, True)
+    assert accuracy_interval([True] * 6, groups=list("aabbcc")) == accuracy_interval([True] * 6)
+    assert accuracy_interval([True, False] * 3, groups=list("aabbcc")) == accuracy_interval([True, False] * 3)
+
+    rng, held, held_plain = random.Random(0), 0, 0
+    for _ in range(400):  # twelve tables that differ, ten questions each: how often does the interval hold 75 %?
+        shares = [rng.betavariate(3, 1) for _ in range(12)]
+        answers = [rng.random() < share for share in shares for _ in range(10)]
+        _, low, high = accuracy_interval(answers, groups=[i // 10 for i in range(120)])
+        held += low <= 0.75 <= high
+        _, low, high = accuracy_interval(answers)
+        held_plain += low <= 0.75 <= high
+    assert held_plain < 0.87 * 400 < 0.92 * 400 <= held
 
 
 def test_differences_are_welchs_or_students():
@@ -104,6 +126,8 @@ def test_an_optimum_at_an_edge_is_said_to_be_one():
         lambda: differences_from([1.0, 2.0], {"a": [1.0]}),
         lambda: bootstrap_interval([1.0]),
         lambda: accuracy_interval([]),
+        lambda: accuracy_interval([True, False], groups="aa"),
+        lambda: accuracy_interval([True, False], groups="abc"),
         lambda: optimum({}),
         lambda: optimum({1.0: float("nan")}),
     ],
