@@ -8,11 +8,14 @@ frame = sweep(train, {"rank": [1, 4, 16], "lr": [1e-3, 1e-2], "seed": range(5)},
 """
 
 import json
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -97,7 +100,7 @@ def sweep(
         print(f"set aside: {damaged}")
     calls = _calls(state.missing, together, at_once)
     facts = {"function": getattr(run, "__qualname__", repr(run)), "command": command or _command()}
-    work = (delayed(_make)(run, call, folder, bool(together), retry, facts) for call in calls)
+    work = (delayed(_make)(run, call, folder, bool(together), retry, facts, os.getpid()) for call in calls)
     start, made = time.perf_counter(), 0
     with Progress(len(state.missing), "sweep", "run", show) as progress:
         for n in Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(work):
@@ -136,8 +139,12 @@ def _calls(missing: list[Settings], together: Sequence[str], at_once: int) -> li
     return [group[i : i + at_once] for group in groups.values() for i in range(0, len(group), at_once)]
 
 
-def _make(run: Callable, settings: list[Settings], folder: Path, batched: bool, retry: bool, facts: dict) -> int:
+def _make(
+    run: Callable, settings: list[Settings], folder: Path, batched: bool, retry: bool, facts: dict, sweeper: int
+) -> int:
     """Makes and records the runs of a call, in whatever process joblib chose; returns how many it was given."""
+    if os.getppid() == sweeper:
+        _end_with(sweeper)
     with ExitStack() as held:
         mine = []
         for setting in settings:
@@ -167,6 +174,18 @@ def _make(run: Callable, settings: list[Settings], folder: Path, batched: bool, 
         for setting in mine:
             _record(folder, setting, (lambda s=setting: run([s])[0]) if batched else lambda s=setting: run(**s), facts)
     return len(settings)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent, however that ended: a worker would go on alone with what it was given."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _record(

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import joblib
+import psutil
 import pytest
 
 from lorakit import cli
@@ -380,6 +381,21 @@ def test_processes_of_joblib(tmp_path):
     log = tmp_path / "log"
     assert start(tmp_path / "records", log, jobs=2).wait(120) == 0
     assert sorted(map(int, log.read_text().split())) == list(range(60))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="asks for the parent")
+def test_workers_end_with_a_sweep_that_is_killed(tmp_path):
+    log = tmp_path / "log"
+    process = start(tmp_path / "records", log, jobs=2)
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [each for each in psutil.Process(process.pid).children() if "loky" in " ".join(each.cmdline())]
+    process.kill()  # it alone, not its group
+    process.wait()
+    assert workers
+    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 def slow_square(x, folder):
