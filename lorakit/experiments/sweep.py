@@ -178,7 +178,7 @@ def _make(
 
 @cache
 def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent, however that ended: a worker alone would go on with what it was given."""
+    """Ends this process soon after its parent, however that ended: a worker alone would go on with its calls."""
 
     def watch() -> None:
         while os.getppid() == parent:
