@@ -43,7 +43,6 @@ CASES = [
     ("t5", {"target_modules": ["q"], "trainable_token_indices": [5, 3], "modules_to_save": ["final_layer_norm"]}),
     ("whisper", {"target_modules": QV, "trainable_token_indices": [5, 3]}),
 ]
-NOT_TRAINED_AS_ONE = "ensure_weight_tying"  # LoRA: PEFT makes four parameters of two, each with a part of the gradient
 IDS = [f"{name}: {', '.join(map(str, settings.values()))}" for name, settings in CASES]
 each_case = pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
 
@@ -95,3 +94,16 @@ def test_our_file_in_peft_gives_equal_logits(name, settings, tmp_path):
     held = {id(p) for p in in_place.parameters()}
     torch.testing.assert_close(logits(load_adapter(in_place, tmp_path)), logits(ours), rtol=0, atol=0)
     assert held == {id(p) for p in in_place.parameters()}
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head", "norm"]}, {"trainable_token_indices": [3, 5]}])
+@pytest.mark.filterwarnings("ignore")
+def test_beside_four_bits_it_is_pefts_too(settings, llama_folder, tmp_path):  # noqa: F811
+    theirs = peft.get_peft_model(by_bitsandbytes(llama_folder), peft.LoraConfig(r=2, target_modules=QV, **settings))
+    randomise(theirs)
+    theirs.train().save_pretrained(tmp_path)
+    ours = load_adapter(by_bitsandbytes(llama_folder).train(), tmp_path)
+    tokens = torch.tensor([[3, 5, 7, 9]])
+    mine, yours = (gradients_of(model, model(tokens).logits) for model in (ours, theirs))
+    assert set(mine) == set(yours)
+    assert max(relative(mine[key], yours[key]) for key in mine) < 5e-5

@@ -10,7 +10,14 @@ import pytest
 import works_with
 from helpers.architectures import EXPERTS, GQA, TINY
 from helpers.chat import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lorakit
 
@@ -34,6 +41,7 @@ def workplace(tmp_path_factory):
     config = LlamaConfig(**sizes)
     LlamaForCausalLM(config).save_pretrained(folder / "my-model")
     MixtralForCausalLM(MixtralConfig(**sizes, **EXPERTS)).save_pretrained(folder / "my-mixture")
+    BertForSequenceClassification(BertConfig(**TINY)).save_pretrained(folder / "my-bert")
     for name in ("sql-adapter", "poem-adapter"):
         lorakit.save_adapter(lorakit.inject(LlamaForCausalLM(config), 2, 4), folder / name)
     pairs = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}<|im_end|>"} for n in range(60)]

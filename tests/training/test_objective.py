@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from helpers.architectures import TINY, build
+from helpers.heads import build_head, rows
 from helpers.texts import UNEVEN, examples
 
 from lorakit import LoRAConfig, Spec, fit, fit_many, inject
@@ -142,3 +143,20 @@ def test_adapters_of_a_bf16_base_train_in_float32():
     history = fit(model, examples(), steps=30, lr=1e-2, accumulate=2, show=False)
     assert history.loss[-1] < history.loss[0]
     assert {p.dtype for p in model.parameters() if p.requires_grad} == kinds
+
+
+HEADS = {
+    "bert": {"modules_to_save": ["classifier"]},
+    "vit": {"modules_to_save": ["classifier"]},
+    "llama": {"modules_to_save": ["score"]},
+    "whisper": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_model_with_a_head_learns_with_a_loss_of_ones_own(name):
+    model = inject(build_head(name), 2, 4, **HEADS[name])
+    history = fit(model, rows(name), steps=15, batch_size=4, lr=2e-2, show=False, **LOSS)
+    assert history.loss[-1] < 0.98 * history.loss[0]
+    with pytest.raises(ValueError, match=r"loss_fn for others, got dict"):
+        fit(model, rows(name), steps=1, show=False)
