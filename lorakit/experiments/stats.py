@@ -42,7 +42,7 @@ def accuracy_interval(
     if groups is not None and len(groups) != len(correct):
         raise ValueError(f"expected a group for each of {len(correct)} answers, got {len(groups)}")
     n, share = len(correct), fmean(correct)
-    size = n if groups is None or share in (0, 1) else min(n, _effective_size(correct, groups, confidence))
+    size: float = n if groups is None or share in (0, 1) else min(n, _effective_size(correct, groups, confidence))
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle, half = share + z**2 / (2 * size), z * math.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
     low, high = ((middle + side * half) / (1 + z**2 / size) for side in (-1, 1))
