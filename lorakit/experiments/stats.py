@@ -1,7 +1,7 @@
 """Intervals and comparisons, so that a difference can be told from chance, and so that "cannot be told" can be said."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
@@ -51,7 +51,8 @@ def accuracy_interval(
 
 def _effective_size(correct: Sequence[bool], groups: Sequence[Hashable], confidence: float) -> float:
     """How many independent answers tell as much about the share as these answers in groups."""
-    n, share, excess = len(correct), fmean(correct), Counter[Hashable]()
+    n, share = len(correct), fmean(correct)
+    excess: dict[Hashable, float] = defaultdict(float)  # right answers of a group beyond the mean
     for answer, group in zip(correct, groups, strict=True):
         excess[group] += answer - share
     k = len(excess)

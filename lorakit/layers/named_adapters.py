@@ -39,7 +39,7 @@ class Rows:
         for name in dict.fromkeys(name for name in self.names if name is not None):
             at = [row for row, each in enumerate(self.names) if each == name]
             together = at[-1] - at[0] == len(at) - 1
-            found.append((name, slice(at[0], at[-1] + 1) if together else torch.tensor(at)))
+            found.append((name, slice(at[0], at[-1] + 1) if together else torch.tensor(at, dtype=torch.long)))
         return found
 
 
