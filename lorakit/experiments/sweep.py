@@ -9,6 +9,7 @@ frame = sweep(train, {"rank": [1, 4, 16], "lr": [1e-3, 1e-2], "seed": range(5)},
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -183,7 +184,7 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

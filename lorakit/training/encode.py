@@ -76,11 +76,11 @@ def in_parts(tokenizer: Any, parts: Sequence[str], begins: bool = True) -> list[
     Args:
         begins: whether a text begins here, or goes on.
     """
-    ids = _ids if begins else _ids_behind
+    ids, unknown = _ids if begins else _ids_behind, unknown_id(tokenizer)
     whole, ends = ids(tokenizer, "".join(parts)), [0]
     for k in range(1, len(parts)):
         head = ids(tokenizer, "".join(parts[:k]))
-        if whole[: len(head)] != head:
+        if whole[: len(head)] != head or (head and head[-1] == unknown):  # one unknown word may reach over the border
             return in_parts(tokenizer, parts[:k], begins) + in_parts(tokenizer, parts[k:], begins=False)
         ends.append(len(head))
     return [whole[start:end] for start, end in pairwise([*ends, len(whole)])]

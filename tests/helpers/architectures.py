@@ -43,7 +43,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 MIXTURES = {  # GPT-OSS stores (E, d_in, d_out) and says so, Llama 4 does not say it; it and DeepSeek share an expert
     "mixtral": lambda: tf.MixtralConfig(**TINY, **GQA, **EXPERTS),
-    "qwen3-moe": lambda: tf.Qwen3MoeConfig(**TINY, **GQA, **QWEN_EXPERTS, head_dim=8),
+    "qwen3-moe": lambda: tf.Qwen3MoeConfig(**TINY, **GQA, **QWEN_EXPERTS),
     "olmoe": lambda: tf.OlmoeConfig(**TINY, **GQA, num_experts=4, num_experts_per_tok=2),
     "llama4": lambda: tf.Llama4TextConfig(
         **TINY, **GQA, head_dim=8, intermediate_size_mlp=20, num_local_experts=4, moe_layers=[1]

@@ -256,7 +256,7 @@ def test_levels_have_seeds_and_limits():
     assert generate("train", 40, level=3) == generate("train", 40, level=3) != generate("train", 40, seed=1, level=3)
     assert generate("iid", 0, level=2) == []
     for level in (0, 5):
-        with pytest.raises(ValueError, match="a level from 1 to 4"):
+        with pytest.raises(ValueError, match="level as an integer from 1 to 4"):
             generate("train", level=level)
     with pytest.raises(ValueError, match=r"n >= 0, .* and -1"):
         generate("train", -1, level=2)
