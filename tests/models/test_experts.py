@@ -283,7 +283,7 @@ def test_it_trains_alike_with_and_without_shortcuts_and_goes_on_after_an_end(nam
 
     history, weights = trained()
     plain, other = trained(accelerate=False)
-    assert history.loss[-1] < history.loss[0]
+    assert sum(history.loss[2:]) < sum(history.loss[:2])  # the same texts, once more
     torch.testing.assert_close(torch.tensor(history.loss), torch.tensor(plain.loss), rtol=1e-4, atol=1e-4)
     assert max(relative(weights[key], other[key]) for key in weights) < 1e-3
     checkpoints = {"checkpoint": tmp_path, "checkpoint_every": 1}
