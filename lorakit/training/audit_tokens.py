@@ -72,8 +72,9 @@ class Tokenizer:
         border = None
         if ids != whole:
             ends = accumulate(texts)
-            cut = next(i for i, text in enumerate(ends, 1) if whole[: len(head := self.ids(text))] != head)
-            border = f"{texts[cut - 1][-12:]!r} and {texts[cut][:12]!r}"
+            cuts = (i for i, text in enumerate(ends, 1) if whole[: len(head := self.ids(text))] != head)
+            if (cut := next(cuts, None)) is not None:  # else cut apart at an unknown word, which is told itself
+                border = f"{texts[cut - 1][-12:]!r} and {texts[cut][:12]!r}"
         return Tokens(ids, [learned for _, learned in pairs], len(ids) - written if written else 0, border)
 
     def _template_end(self) -> int | None:

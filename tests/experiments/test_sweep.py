@@ -326,8 +326,9 @@ from lorakit.experiments.sweep import sweep
 
 def run(x):
     time.sleep(0.03)
-    with open(sys.argv[2], "a") as log:
+    with open(sys.argv[2], "a") as log, open(f"{sys.argv[2]}.pids", "a") as pids:
         log.write(f"{x}\\n")
+        pids.write(f"{os.getpid()}\\n")
     return {"y": x}
 
 sweep(run, {"x": range(60)}, sys.argv[1], jobs=int(sys.argv[3]), show=False)
@@ -389,9 +390,11 @@ def test_workers_end_with_a_sweep_that_is_killed(tmp_path):
     log = tmp_path / "log"
     process = start(tmp_path / "records", log, jobs=2)
     deadline = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < deadline:
+    pids = Path(f"{log}.pids")
+    while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = [each for each in psutil.Process(process.pid).children() if "loky" in " ".join(each.cmdline())]
+    begun = pids.read_text().split()
+    workers = [each for each in psutil.Process(process.pid).children() if str(each.pid) in begun]
     process.kill()  # it alone, not its group
     process.wait()
     assert workers
