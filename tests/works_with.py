@@ -136,7 +136,7 @@ def many_at_once(way: Way, place: Path) -> None:
     alone = lorakit.fit(
         lorakit.inject(way.base(), way.config), TEXTS, steps=3, batch_size=4, lr=0.05, seed=1, show=False
     )
-    assert found[1].history.loss == alone.loss or abs(found[1].history.loss[-1] - alone.loss[-1]) < 1e-4
+    assert abs(found[1].history.loss[-1] - alone.loss[-1]) < 1e-4
 
 
 def several_by_name(way: Way, place: Path) -> None:

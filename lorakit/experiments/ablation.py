@@ -31,7 +31,7 @@ from lorakit.training.fit_many import Spec, fit_many
 from lorakit.training.history import History
 from lorakit.training.optim import OPTIMIZERS
 
-# What the settings of one call share
+# What differs from layer to layer, and what the settings of one call share
 BY_LAYER = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern")
 COMMON = ("task", "n", "level", "version", "model", "steps", "batch_size", "weight_decay", "test", "tested", "answers")
 

@@ -103,6 +103,18 @@ def has_float_weight(layer: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dtype in FLOATS
 
 
+def check_float_weight(layer: nn.Module) -> None:
+    """Refuses a layer whose weight is codes, for what adds to the weight.
+
+    Raises:
+        ValueError: says what it is, and the way out.
+    """
+    if not has_float_weight(layer):
+        raise ValueError(
+            f"expected a floating-point base, got {storage_of(layer)}: lorakit.models.quantize.dequantize_model first"
+        )
+
+
 def storage_of(layer: nn.Module) -> str:
     """Class and weight's dtype in words, for errors."""
     weight = getattr(layer, "weight", None)

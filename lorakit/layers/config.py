@@ -25,6 +25,7 @@ from lorakit.layers.settings import (
     integer,
     listed,
     number,
+    optional_names,
     read_setting,
     several_names,
     text,
@@ -97,8 +98,6 @@ class LoRAConfig:
     ensure_weight_tying: bool = False
 
     def __post_init__(self):
-        parameters = read_setting("target_parameters", {"target_parameters": self.target_parameters}, _parameters)
-        object.__setattr__(self, "target_parameters", parameters)
         if not isinstance(self.targets, str):
             if not isinstance(self.targets, Iterable):
                 raise ValueError(f"expected targets as names or one regular expression, got {self.targets!r}")
@@ -241,7 +240,7 @@ class LoRAConfig:
             settings=settings,
             rank_pattern=read_setting("rank_pattern", config, lambda value: _each(integer, value)),
             alpha_pattern=read_setting("alpha_pattern", config, lambda value: _each(number, value)),
-            target_parameters=read_setting("target_parameters", config, _parameters),
+            target_parameters=read_setting("target_parameters", config, optional_names),
             modules_to_save=[
                 *read_setting("modules_to_save", config, several_names),
                 *TASK_HEADS.get(str(getattr(config.get("task_type"), "value", config.get("task_type"))), ()),
@@ -349,15 +348,6 @@ def _each(read: Callable[[Any], Any], patterns: Any) -> dict[str, Any]:
     return {_compiled(key): read(value) for key, value in (patterns or {}).items()}
 
 
-def _parameters(value: Any) -> tuple[str, ...] | None:
-    """Parameters' names, each once; a single one is no list of letters."""
-    if value is None:
-        return None
-    if isinstance(value, str | bytes | Mapping):
-        raise TypeError(value)
-    return tuple(dict.fromkeys(listed(text, value if isinstance(value, set | frozenset) else list(value))))
-
-
 def _names(value: Any) -> str | list[str]:
     """A regular expression, or a list of names."""
     return _compiled(value) if isinstance(value, str) else listed(text, value)
@@ -367,6 +357,7 @@ READ: dict[str, Callable[[Any], Any]] = {  # how some settings are read, from PE
     "exclude_modules": _names,
     "layers_to_transform": lambda value: listed(integer, value),
     "layers_pattern": lambda value: listed(_compiled, value),
+    "target_parameters": optional_names,
     "modules_to_save": several_names,
     "trainable_token_indices": token_ids,
 }

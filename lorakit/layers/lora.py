@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from lorakit._numbers import check_integer, is_number
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import (
+    check_float_weight,
     dense_weight,
     factors_like,
     frozen_weight,
-    has_float_weight,
     linear_shape,
-    storage_of,
     stores_transposed,
     weight_of,
 )
@@ -136,11 +135,7 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: the base's weight is quantised (dequantise it first), or derived from others.
         """
-        if not has_float_weight(self.base):
-            raise ValueError(
-                f"expected a floating-point base, got {storage_of(self.base)}: "
-                "lorakit.models.quantize.dequantize_model first"
-            )
+        check_float_weight(self.base)
         delta = self.delta_weight()
         if not (delta.is_meta or delta.isfinite().all()):
             raise ValueError("expected a finite update, got NaN or infinity")

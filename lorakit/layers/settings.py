@@ -51,7 +51,12 @@ def several_names(value: Any) -> tuple[str, ...]:
     """Names, each once; a single one is no list of letters."""
     if not isinstance(value, Iterable | None) or isinstance(value, str | bytes | Mapping):
         raise TypeError(value)
-    return tuple(dict.fromkeys(map(text, value or ())))
+    return tuple(dict.fromkeys(listed(text, value if isinstance(value, set | frozenset) else list(value or ()))))
+
+
+def optional_names(value: Any) -> tuple[str, ...] | None:
+    """As `several_names`, where no names are not the same as none being said."""
+    return None if value is None else several_names(value)
 
 
 def token_ids(value: Any) -> Any:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.layers.bases import (
+    check_float_weight,
     dense_weight,
     factors_like,
-    has_float_weight,
     is_conv1d,
     linear_shape,
-    storage_of,
     weight_of,
 )
 from lorakit.layers.read_weight import HasSizes, ReadWeight
@@ -41,11 +40,7 @@ class Table(HasSizes):
         Raises:
             ValueError: the base's weight is quantised, or a row is not finite.
         """
-        if not has_float_weight(self.base):
-            raise ValueError(
-                f"expected a floating-point base, got {storage_of(self.base)}: "
-                "lorakit.models.quantize.dequantize_model first"
-            )
+        check_float_weight(self.base)
         table = self.table()
         if not (table.is_meta or table.isfinite().all()):
             raise ValueError("expected finite rows, got NaN or infinity")

@@ -71,8 +71,9 @@ def _is_plain(file: dict[str, Any]) -> bool:
 
 def _by_peft(model: nn.Module, folder: Path, file: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
     kind = file.get("peft_type")
-    if kind not in PEFT_KINDS:
-        raise AdapterError(f"expected a method of PEFT's, or the class of a layer of your own, {_known(kind)}")
+    if not isinstance(kind, str) or kind not in PEFT_KINDS:
+        words = near_names(kind, sorted(PEFT_KINDS))
+        raise AdapterError(f"expected a method of PEFT's, or the class of a layer of your own, {words}")
     with quiet():
         peft, tuners = need("peft", extra="course"), need("peft.tuners.tuners_utils", extra="course")
     try:
@@ -91,10 +92,6 @@ def _by_peft(model: nn.Module, folder: Path, file: dict[str, Any], tensors: dict
     if not inside:
         raise AdapterError(f"expected a method that changes layers, got {kind}")
     return inside
-
-
-def _known(kind: Any) -> str:
-    return near_names(str(kind), sorted(PEFT_KINDS)) if isinstance(kind, str) else f"got {kind!r}"
 
 
 def check_rest(model: nn.Module, layers: dict[str, nn.Module], plain: nn.Module) -> None:

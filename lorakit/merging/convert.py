@@ -162,7 +162,7 @@ def read_texts(path: Path, base: str | os.PathLike) -> list[str]:
         ValueError: it is damaged, or holds none.
     """
     if path.suffix != ".jsonl":
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if not texts:
             raise ValueError(f"expected texts in {path}, a line each, got none")
         return texts

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from lorakit._numbers import check_list
 from lorakit._suggest import check_name
 from lorakit.training.batch import Example
+from lorakit.training.chat import ANSWERED, ASKED, shown
 from lorakit.training.encode import encode
 from lorakit.training.evaluate import exact_match
 from lorakit.training.generate import greedy
@@ -53,10 +54,8 @@ class ChatFormat:
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("expected a tokenizer with a chat template, got one without: describe it by ChatFormat")
-        asked, answer = "ASKED", "ANSWERED"
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        asked, answer = ASKED["content"], ANSWERED["content"]
+        prompt, whole = shown(tokenizer, [ASKED], prompt=True), shown(tokenizer, [ASKED, ANSWERED])
         if whole.count(asked) != 1 or whole.count(answer) != 1 or not whole.startswith(prompt):
             raise ValueError(
                 f"expected a chat template that shows each turn once, as its prompt begins it, got {whole!r}"

@@ -10,9 +10,10 @@ from statistics import median
 from typing import Any
 
 from lorakit._numbers import check_integer
+from lorakit._suggest import check_name
 from lorakit._words import short
 from lorakit.training.audit_tokens import Tokenizer, Tokens, load_tokenizer
-from lorakit.training.rows import ASSISTANT, FIRST, Row, check_turns, in_chat, read_rows, text_of
+from lorakit.training.rows import ASSISTANT, FIRST, TURNS, Row, in_chat, read_rows, text_of
 
 __all__ = ["Audit", "Finding", "audit_data", "load_tokenizer"]
 SHOWN = 60  # characters of an example
@@ -91,7 +92,7 @@ def audit_data(
     rows = read_rows(data) if isinstance(data, str | os.PathLike) else list(data)
     if strange := [row for row in rows if not isinstance(row, Row)]:
         raise ValueError(f"expected Rows, as read_rows() gives them, got {short(strange[0])}")
-    check_turns(turns)
+    check_name("turns", turns, TURNS)
     view = Tokenizer(tokenizer)
     if chat and not view.template:
         raise ValueError("expected a tokenizer with a chat template, got one without")

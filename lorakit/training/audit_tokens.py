@@ -9,12 +9,20 @@ from typing import Any
 
 from lorakit._optional import need, quiet
 from lorakit.models.download import MODELS, fetch_model
-from lorakit.training.chat import MARK, generation_prompt, shown, special_words, spoken, template_of
+from lorakit.training.chat import (
+    ANSWERED,
+    ASKED,
+    MARK,
+    generation_prompt,
+    shown,
+    special_words,
+    spoken,
+    template_of,
+)
 from lorakit.training.encode import in_parts, unknown_id
 from lorakit.training.rows import Row
 
 ENDLESS = 10**9  # a tokenizer that knows no limit says more
-ASKED, ANSWERED = {"role": "user", "content": "ASKED"}, {"role": "assistant", "content": "ANSWERED"}
 
 
 @dataclass(frozen=True)

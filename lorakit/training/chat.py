@@ -10,6 +10,7 @@ from lorakit._words import one_line
 from lorakit.training.rows import ASSISTANT, FIRST, Message, Row, texts_of
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ASKED, ANSWERED = {"role": "user", "content": "ASKED"}, {"role": ASSISTANT, "content": "ANSWERED"}  # to try one
 MARKED = "or mark what the assistant writes by {% generation %} in the template"
 
 
@@ -59,8 +60,7 @@ def template_of(tokenizer: Any, row: Row | None = None) -> str | None:
 
 def generation_prompt(tokenizer: Any) -> str:
     """What the template adds for a reply to begin."""
-    asked = [{"role": "user", "content": "ASKED"}]
-    return shown(tokenizer, asked, prompt=True).removeprefix(shown(tokenizer, asked))
+    return shown(tokenizer, [ASKED], prompt=True).removeprefix(shown(tokenizer, [ASKED]))
 
 
 def special_words(tokenizer: Any) -> list[str]:

@@ -5,9 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 from lorakit._numbers import check_integer
+from lorakit._suggest import check_name
 from lorakit.training.batch import IGNORE, Example
 from lorakit.training.chat import spoken
-from lorakit.training.rows import Row, check_turns, row_of
+from lorakit.training.rows import TURNS, Row, row_of
 
 
 def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> Example:
@@ -52,7 +53,7 @@ def encode_row(
             out its tools, or shows a turn otherwise later on, so that nobody could say which tokens are the turn's; or
             as for `encode`.
     """
-    check_turns(turns)
+    check_name("turns", turns, TURNS)
     if max_length is not None:
         check_integer("max_length", max_length, 0)
     row = row if isinstance(row, Row) else row_of(row)

@@ -131,12 +131,6 @@ def row_of(found: Any) -> Row:
         raise ValueError(f"expected a row with prompt and completion, or messages, got {said}") from None
 
 
-def check_turns(turns: str) -> None:
-    """Refuses what is not in `TURNS`."""
-    if turns not in TURNS:
-        raise ValueError(f"expected turns in {TURNS}, got {turns!r}")
-
-
 def in_chat(row: Row) -> Row:
     """A plain pair as a conversation of one question and its answer; others as they are."""
     if row.messages:

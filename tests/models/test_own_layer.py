@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from helpers.architectures import build, logits_of
+from helpers.layers import Gated
 from helpers.parity import snapshot, unchanged
 from helpers.texts import examples
 from torch import nn
@@ -17,23 +18,6 @@ from lorakit import AdapterError, DoRALinear, LoRALinear, adapters, folded, inje
 from lorakit.layers.adapter import Adapter
 from lorakit.merging.updates import read_updates
 from lorakit.models.peft_files import CONFIG
-
-
-class Gated(LoRALinear):
-    """LoRA whose update passes a learned gate, one for each output; `steep` is a setting of its own."""
-
-    def __init__(self, base, rank, alpha, steep=1.0, **settings):
-        super().__init__(base, rank, alpha, **settings)
-        self.steep, self.gate = steep, nn.Parameter(torch.ones(len(self.B)))
-
-    def forward(self, x):
-        return self.base(x) + torch.tanh(self.steep * self.gate) * self.scale * (self.dropout(x) @ self.A.T @ self.B.T)
-
-    def delta_weight(self):
-        return torch.tanh(self.steep * self.gate)[:, None] * super().delta_weight()
-
-    def peft_settings(self):
-        return super().peft_settings() | {"steep": self.steep}
 
 
 class Apart(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from helpers.architectures import CONFIGS, build, logits_of
 from helpers.four_bits import by_bitsandbytes
 from helpers.hybrids import HYBRIDS
+from helpers.layers import Gated
 from helpers.parity import randomise, snapshot, unchanged
 from helpers.texts import TOKENIZER
 from torch import nn
@@ -151,17 +152,6 @@ def test_those_of_fit_many_are_served_together():
         add_adapter(model, f"rank {k}", each.layers)
     with using_adapters(model, ["rank 1", "rank 0"]):
         close(logits_of(model, "llama"), torch.stack([alone[1][0], alone[0][1]]))
-
-
-class Gated(lorakit.LoRALinear):
-    """A reader's own layer."""
-
-    def __init__(self, base, rank, alpha, **settings):
-        super().__init__(base, rank, alpha, **settings)
-        self.gate = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return self.base(x) + self.gate * self.scale * (x @ self.A.T) @ self.B.T
 
 
 def test_a_layer_of_ones_own_serves_too(tmp_path):

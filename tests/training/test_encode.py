@@ -149,7 +149,7 @@ def test_what_cannot_be_labelled_exactly_is_refused():
             encode_row(tokenizer_of(template), row)
     tokenizer = tokenizer_of(THOUGHTS)
     assert learned(tokenizer, encode_row(tokenizer, talk, "last")) == ["<think></think>no<|eot|>\n"]
-    with pytest.raises(ValueError, match=r"expected turns in \('all', 'last'\), got 'first'"):
+    with pytest.raises(ValueError, match="expected turns, got 'first'; near: last; also: all"):
         encode_row(tokenizer_of(LLAMA), talk, "first")
 
 
