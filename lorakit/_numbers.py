@@ -46,6 +46,9 @@ def check_list(what: str, value: Any) -> None:
     Raises:
         ValueError: says what was expected.
     """
-    listed = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    try:
+        listed = len(value) >= 0 and hasattr(value, "__getitem__")
+    except TypeError:  # a tensor without dimensions has `__len__`, and no length
+        listed = False
     if not listed or isinstance(value, str | bytes | Mapping | type):
         raise ValueError(f"expected a list of {what}, got {short(value)}")

@@ -9,8 +9,8 @@ def shortened(text: str, most: int = MOST) -> str:
 
 
 def short(value: object) -> str:
-    """What `repr` says of a value, or the beginning of it."""
-    return shortened(repr(value))
+    """What `repr` says of a value in one line, or the beginning of it."""
+    return shortened(" ".join(line.strip() for line in repr(value).splitlines()))
 
 
 def one_line(error: BaseException) -> str:

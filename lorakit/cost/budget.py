@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit._numbers import check_integer
+from lorakit._numbers import check_integer, check_list
 from lorakit._suggest import check_name
+from lorakit._words import short
 from lorakit.cost.configs import find_config
 from lorakit.cost.fake_step import compute_formulas, quantize, rehearse
 from lorakit.layers.config import LoRAConfig
@@ -179,7 +180,14 @@ def budget(
 
 
 def table(budgets: Sequence[Budget]) -> str:
-    """Budgets of one model side by side, as text."""
+    """Budgets of one model side by side, as text.
+
+    Raises:
+        ValueError: there are none, or something else.
+    """
+    check_list("budgets", budgets)
+    if not len(budgets) or not all(isinstance(each, Budget) for each in budgets):
+        raise ValueError(f"expected at least one Budget, got {short(budgets)}")
     first = budgets[0].settings
     extras = [name.replace("_", " ") for name in ("checkpointing", "master_weights") if first[name]]
     size = f"{first['batch_size']} x {first['tokens']} tokens"

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lorakit._words import one_line
+from lorakit._words import one_line, short
 from lorakit.experiments.records import MOST_JOBS, Grid, Settings, expand
 
 
@@ -34,6 +34,8 @@ def read_yaml(text: str | bytes, place: str = "") -> Any:
     Raises:
         ValueError: it is none, in one line; or a value in it is none, such as the 31st of February.
     """
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"expected YAML{place}, got {short(text)}")
     try:
         return yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:

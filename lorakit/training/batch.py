@@ -47,10 +47,7 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     Raises:
         ValueError: says what was expected.
     """
-    check_list("examples", examples)
-    strange = next((example for example in examples if not isinstance(example, Example)), None)
-    if strange is not None:
-        raise ValueError(f"expected Examples, as encode() makes them, got {type(strange).__name__}")
+    _check_tokenised(examples)
     known = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else {}
     if "input_ids" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         raise ValueError(f"expected a language model, called with input_ids, got {type(model).__name__}")
@@ -67,6 +64,24 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
         raise ValueError(f"expected tokens below {vocabulary}, those of the model, got {largest}: another tokenizer's?")
 
 
+def _check_tokenised(examples: Any) -> None:
+    check_list("examples", examples)
+    strange = [type(example).__name__ for example in examples if not isinstance(example, Example)]
+    if strange:
+        raise ValueError(f"expected Examples, as encode() makes them, got {strange[0]}")
+
+
+def check_some(examples: Any) -> None:
+    """Refuses what is no list of Examples, or an empty one.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    _check_tokenised(examples)
+    if not len(examples):
+        raise ValueError("expected at least one example, got none")
+
+
 def context_of(model: Any) -> float:
     """How many tokens a model can see at once, by its config; infinite if that does not say."""
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -74,7 +89,12 @@ def context_of(model: Any) -> float:
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Pads examples on the right to one length: input_ids, attention_mask and labels, as transformers' models take."""
+    """Pads examples on the right to one length: input_ids, attention_mask and labels, as transformers' models take.
+
+    Raises:
+        ValueError: these are no examples, or none.
+    """
+    check_some(examples)
     longest = max(len(example.input_ids) for example in examples)
 
     def stack(rows: list[list[int]], filler: int) -> Tensor:
@@ -108,7 +128,11 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Bat
 
     Positions begin at 0 with each text, which is how transformers' models learn where one ends; no text sees another.
     No row is longer than the longest text, so that packing never costs more than padding.
+
+    Raises:
+        ValueError: these are no examples, or none.
     """
+    check_some(examples)
     rows = rows_of([len(example.input_ids) for example in examples])
     longest = max(len(example.input_ids) for example in examples)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from lorakit._numbers import check_integer
 from lorakit._progress import Progress
+from lorakit._words import short
 from lorakit.layers.named_adapters import check_one_choice
 from lorakit.speed.accelerated import accelerated
-from lorakit.training.batch import IGNORE, Example, check_examples, collate
+from lorakit.training.batch import IGNORE, Example, check_examples, check_some, collate
 from lorakit.training.generate import _in_batches
 from lorakit.training.loss import labelled_logits
 
@@ -25,9 +26,8 @@ def log_probabilities(
     Memory: 4 bytes times vocabulary a labelled token. The model is left in the mode it was in.
     """
     check_integer("batch_size", batch_size)
+    check_some(examples)
     check_examples(model, examples)
-    if not examples:
-        raise ValueError("expected at least one example, got none")
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -48,8 +48,17 @@ def kl_divergence(p: Float[Tensor, "labelled vocab"], q: Float[Tensor, "labelled
     Args:
         p: log-probabilities of the model that is right by definition.
         q: those of the model that is compared with it, at the same tokens.
+
+    Raises:
+        ValueError: they are no log-probabilities of the same tokens, or some are NaN.
     """
-    return max(0.0, F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item())  # rounding may go below
+    for each in (p, q):
+        if not isinstance(each, Tensor) or each.dim() != 2 or not each.is_floating_point() or each.isnan().any():
+            raise ValueError(f"expected log-probabilities, (labelled, vocab), none of them NaN, got {short(each)}")
+    if p.shape != q.shape or not p.numel():
+        raise ValueError(f"expected log-probabilities of the same tokens, got {tuple(p.shape)} and {tuple(q.shape)}")
+    terms = F.kl_div(q, p, reduction="none", log_target=True).masked_fill(p.isneginf(), 0)  # 0 log 0 = 0
+    return max(0.0, terms.sum(-1).mean().item())  # rounding may go below
 
 
 def exact_match(

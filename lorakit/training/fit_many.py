@@ -89,7 +89,7 @@ def fit_many(
     if not isinstance(specs, Iterable):
         raise ValueError(f"expected Specs, got {short(specs)}")
     specs, recipe = list(specs), Recipe.of(recipe, numbers)
-    own: list[Any] = [examples] * len(specs) if examples and isinstance(examples[0], Example) else list(examples)
+    own: list[Any] = [examples] * len(specs) if len(examples) and isinstance(examples[0], Example) else list(examples)
     if any(not isinstance(spec, Spec) for spec in specs):
         raise ValueError("expected Specs, got something else")
     for texts, spec in zip(own, specs, strict=False):

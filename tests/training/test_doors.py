@@ -1,7 +1,11 @@
 """What cannot be meant is refused at every door, in one line, before anything is done."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +34,12 @@ from lorakit import (
     pissa_start,
     quantize_model,
 )
-from lorakit.training.evaluate import log_probabilities
+from lorakit.cost.budget import table
+from lorakit.experiments.plan import read_yaml
+from lorakit.tasks.sql.sandbox import Database, run_query
+from lorakit.tasks.sql.task import same_rows
+from lorakit.training.batch import collate, pack
+from lorakit.training.evaluate import kl_divergence, log_probabilities
 
 TEXTS, LONG, STRANGE = examples(4), [Example([3] * 33, [3] * 33)], [Example([3, 61], [3, 61])]
 NAN, INF, QUIET = math.nan, math.inf, {"show": False}
@@ -96,6 +105,10 @@ BAD = {
     "exact_match too long": lambda: exact_match(build("llama"), LONG, **QUIET),
     "exact_match unknown tokens": lambda: exact_match(build("llama"), STRANGE, **QUIET),
     "log_probabilities none": lambda: log_probabilities(build("llama"), []),
+    "collate none": lambda: collate([]),
+    "pack none": lambda: pack([]),
+    "KL of NaN": lambda: kl_divergence(torch.full((2, 3), NAN), torch.zeros(2, 3)),
+    "KL of nothing": lambda: kl_divergence(torch.zeros(0, 3), torch.zeros(0, 3)),
     "merge NaN": lambda: merge(with_nan()),
     "folded NaN": lambda: folded(with_nan()).__enter__(),
     "quantize NaN": lambda: quantize_model(rotten(build("llama"))),
@@ -106,13 +119,34 @@ BAD = {
     "dequantize to int8": lambda: dequantize_model(quantize_model(build("llama")), torch.int8),
     "budget rank True": lambda: budget(build("llama").config, rank=True),
     "budget tokens 0": lambda: budget(build("llama").config, tokens=0),
+    "budgets, none": lambda: table([]),
     "pissa rank 9": lambda: pissa_start(torch.randn(4, 4), 9, 1.0),
     "pissa scale 0": lambda: pissa_start(torch.randn(4, 4), 2, 0.0),
     "pissa NaN": lambda: pissa_start(torch.full((4, 4), NAN), 2, 1.0),
     "olora rank 0": lambda: olora_start(torch.randn(4, 4), 0, 1.0),
+    "a query of no rows": lambda: run_query(Database(()), "SELECT 1", max_rows=-1),
     "an example with a strange label": lambda: Example([3, 4], [3, -5]),
     "an example with an id of -100": lambda: Example([-100, 4], [3, 4]),
     "an example of truth values": lambda: Example([True, True], [True, True]),
+}
+
+
+WRONG_TYPES = {  # which the tests' type checker would stop, and nothing stops elsewhere
+    "log_probabilities of a tensor": lambda: log_probabilities(build("llama"), torch.zeros(0)),
+    "exact_match None among examples": lambda: exact_match(build("llama"), [None], **QUIET),
+    "fit a number as a tensor": lambda: fit(adapted("llama"), torch.tensor(1.0), steps=1, **QUIET),
+    "fit_many a tensor": lambda: many(texts=torch.zeros(2, 2)),
+    "fit steps, a tensor of two lines": lambda: fit(adapted("llama"), TEXTS, steps=torch.zeros(2, 2), **QUIET),
+    "collate numbers": lambda: collate([1]),
+    "pack a text": lambda: pack("abc"),
+    "KL of other tokens": lambda: kl_divergence(torch.zeros(2, 3), torch.zeros(3, 3)),
+    "KL of None": lambda: kl_divergence(None, torch.zeros(2, 3)),
+    "budgets, a number": lambda: table(3),
+    "YAML, a number": lambda: read_yaml(3),
+    "a query to no database": lambda: run_query(3, "SELECT 1"),
+    "a query of half a step": lambda: run_query(Database(()), "SELECT 1", max_steps=0.5),
+    "rows that are none": lambda: same_rows(None, [], ordered=False),
+    "rows of numbers": lambda: same_rows([1], [1], ordered=True),
 }
 
 
@@ -122,6 +156,27 @@ def test_bad_calls_are_refused_in_one_line(case):
         BAD[case]()
 
 
+def test_wrong_types_are_refused_in_one_line():
+    """In a process of its own, without the type checker."""
+    code = "import test_doors; test_doors.refuse_wrong_types()"
+    folders = [Path(__file__).parent, Path(__file__).parents[1], *sys.path]
+    path = os.pathsep.join(map(str, folders))
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
+def refuse_wrong_types():
+    for case, call in WRONG_TYPES.items():
+        print(case)
+        with pytest.raises(ValueError, match=r"\Aexpected[^\n]*\Z"):
+            call()
+
+
 def test_an_answer_ends_where_the_context_does():
     model = build("gpt2")  # it has 32 positions, and no more
     assert len(greedy(model, TOKENIZER, ["a" * 30], max_new_tokens=48, show=False)) == 1
+
+
+def test_tokens_that_cannot_come_add_nothing_to_a_divergence():
+    p = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    assert kl_divergence(p, torch.tensor([[0.25, 0.5, 0.25]]).log()) == pytest.approx(0.5 * math.log(2))

@@ -19,6 +19,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
+from lorakit._numbers import check_integer
+from lorakit._words import short
+
 Value = str | int | float | bytes | None
 
 AGGREGATES = {"avg", "count", "group_concat", "max", "min", "sum", "total"}
@@ -148,7 +151,12 @@ def run_query(
 
     Raises:
         QueryError: the query is malformed, not allowed, too costly, reads no table, or its result is too large.
+        ValueError: the database is none, or a limit no integer above 0.
     """
+    if not isinstance(database, Database):
+        raise ValueError(f"expected a Database, got {short(database)}")
+    for name, limit in (("max_rows", max_rows), ("max_bytes", max_bytes), ("max_steps", max_steps)):
+        check_integer(name, limit, most=2**31 - 1)  # which sqlite counts to
     text, read = _checked(query), set[str]()
     with closing(_open(database, max_steps, read)) as connection:
         try:

@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lorakit._numbers import check_integer
+from lorakit._numbers import check_integer, check_list
 from lorakit._suggest import check_name, near_names
 from lorakit._words import short
 from lorakit.tasks.sql import edition_2
@@ -119,7 +119,14 @@ def same_rows(left: Sequence[Sequence[Value]], right: Sequence[Sequence[Value]],
 
     Returns:
         True for equal results. Column names do not count, the number and order of columns do.
+
+    Raises:
+        ValueError: one of them is no list of rows.
     """
+    for rows in (left, right):
+        check_list("rows", rows)
+        for row in rows:
+            check_list("values as a row", row)
     if len(left) != len(right):
         return False
     if ordered:
