@@ -10,13 +10,17 @@ from helpers.texts import TOKENIZER, examples
 
 import lorakit
 from lorakit import LoRAConfig, Recipe, Spec, fit, fit_many, inject
-from lorakit.cost.budget import budget
+from lorakit.cost.budget import budget, table
 from lorakit.experiments import stats
+from lorakit.experiments.plan import read_yaml
 from lorakit.experiments.sweep import sweep
 from lorakit.merging.export import export_merged
 from lorakit.merging.updates import attach
 from lorakit.tasks import extraction, facts
-from lorakit.tasks.sql.task import generate, near_misses, populations
+from lorakit.tasks.sql.sandbox import Database, run_query
+from lorakit.tasks.sql.task import generate, near_misses, populations, same_rows
+from lorakit.training import evaluate
+from lorakit.training.batch import collate, pack
 
 HUGE = 10**400  # which no float holds
 HALF = json.loads('"\\ud800"')  # half of a character, as JSON may have it
@@ -65,6 +69,23 @@ CALLS = {
     "a dtype that is no name": lambda: export_merged("base", "adapter", "out", dtype=["float32"]),
     "nothing to make together": lambda: sweep(print, {"x": [1]}, "records", together=3),
     "runs of text at once": lambda: sweep(print, {"x": [1]}, "records", at_once="2"),
+    "log_probabilities of a tensor": lambda: evaluate.log_probabilities(build("llama"), torch.zeros(0)),
+    "exact_match None among examples": lambda: lorakit.exact_match(build("llama"), [None], show=False),
+    "fit a number as a tensor": lambda: fit(adapted("llama"), torch.tensor(1.0), steps=1, show=False),
+    "fit_many a tensor": lambda: fit_many(
+        build("llama"), torch.zeros(2, 2), [Spec(LoRAConfig(2, 4), 1e-3)], steps=1, show=False
+    ),
+    "fit steps, a tensor of two lines": lambda: fit(adapted("llama"), examples(2), steps=torch.zeros(2, 2), show=False),
+    "collate numbers": lambda: collate([1]),
+    "pack a text": lambda: pack("abc"),
+    "KL of other tokens": lambda: evaluate.kl_divergence(torch.zeros(2, 3), torch.zeros(3, 3)),
+    "KL of None": lambda: evaluate.kl_divergence(None, torch.zeros(2, 3)),
+    "budgets, a number": lambda: table(3),
+    "YAML, a number": lambda: read_yaml(3),
+    "a query to no database": lambda: run_query(3, "SELECT 1"),
+    "a query of half a step": lambda: run_query(Database(()), "SELECT 1", max_steps=0.5),
+    "rows that are none": lambda: same_rows(None, [], ordered=False),
+    "rows of numbers": lambda: same_rows([1], [1], ordered=True),
     "a confidence of two": lambda: stats.mean_interval([1.0, 2.0], confidence=2),
     "a mean of words": lambda: stats.mean_interval(["a", "b"]),
     "a difference of numbers": lambda: stats.difference(1.0, 2.0),
@@ -77,6 +98,6 @@ CALLS = {
 def test_a_bad_call_is_a_sentence(case, tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own check of types
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"\Aexpected "):
+    with pytest.raises(ValueError, match=r"\Aexpected [^\n]*\Z"):
         CALLS[case]()
     assert not list(tmp_path.iterdir())
