@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lorakit._paths import as_path
 from lorakit._words import one_line, short
 from lorakit.experiments.records import MOST_JOBS, Grid, Settings, expand
 
@@ -96,7 +97,7 @@ def load_plan(path: str | PathLike) -> Plan:
         FileNotFoundError: there is no such plan, or no such file with the function.
         ValueError: the plan is not YAML, lacks something, or says something unknown.
     """
-    path = Path(path)
+    path = as_path("a plan", path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a plan, got no such file: {path}")
     plan = read_yaml_file(path)

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lorakit._atomic import write_atomically
+from lorakit._paths import as_path
 from lorakit._progress import duration
 
 MOST_JOBS = 1_000  # at a time, far above what one machine has
@@ -122,7 +123,8 @@ def read_records(folder: str | os.PathLike, settings: Iterable[Settings] | None 
     if settings is not None:
         chosen = [read_record(record_path(folder, setting)) for setting in settings]
         return [record for record in chosen if record is not None]
-    found = [record for record in map(read_record, Path(folder).glob("*.json")) if record is not None]
+    files = as_path("a folder of records", folder).glob("*.json")
+    found = [record for record in map(read_record, files) if record is not None]
     return sorted(found, key=lambda record: [(name, *_place(value)) for name, value in record["settings"].items()])
 
 
@@ -134,7 +136,8 @@ def _place(value: Any) -> tuple[bool, float, str]:
 
 def record_path(folder: str | os.PathLike, setting: Settings) -> Path:
     """Where a run's record lies: its name is a hash of the settings, whatever their order."""
-    return Path(folder, hashlib.sha256(canonical(setting).encode()).hexdigest()[:16] + ".json")
+    name = hashlib.sha256(canonical(setting).encode()).hexdigest()[:16]
+    return as_path("a folder of records", folder) / f"{name}.json"
 
 
 def canonical(value: Any) -> str:

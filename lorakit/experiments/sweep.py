@@ -27,6 +27,7 @@ from joblib import Parallel, delayed
 
 from lorakit._atomic import draft_beside, named_errors
 from lorakit._numbers import check_integer
+from lorakit._paths import as_path
 from lorakit._progress import Progress, duration
 from lorakit._words import short
 from lorakit.experiments.circumstances import circumstances
@@ -84,7 +85,7 @@ def sweep(
             processes.
         OSError: nothing can be written into the folder, which is tried before the first run.
     """
-    settings, folder = expand(grid), Path(folder)
+    settings, folder = expand(grid), as_path("a folder of records", folder)
     if isinstance(together, str) or not isinstance(together, Iterable):
         raise ValueError(f"expected a list of parameters for together, got {together!r}")
     check_integer("at_once", at_once)

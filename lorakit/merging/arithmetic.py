@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit._numbers import check_integer, check_list, is_number
+from lorakit._words import short
 from lorakit.layers.lowrank import factored_svd
-from lorakit.merging.updates import Update, Updates
+from lorakit.merging.updates import Update, Updates, check_updates
 
 
 def linear(updates: Sequence[Updates], weights: Sequence[float]) -> dict[str, Update]:
@@ -51,10 +53,10 @@ def compress(updates: Updates, rank: int) -> dict[str, Update]:
         rank: at least 1; layers whose rank is lower already keep theirs.
 
     Raises:
-        ValueError: the rank is below 1.
+        ValueError: these are no updates, or the rank is below 1.
     """
-    if rank < 1:
-        raise ValueError(f"expected rank >= 1, got {rank}")
+    check_integer("rank", rank)
+    check_updates(updates)
     return {name: _compressed(update, rank) for name, update in updates.items()}
 
 
@@ -104,6 +106,7 @@ def dare(
     Raises:
         ValueError: as in `ties`.
     """
+    check_integer("seed", seed, -(2**63), 2**64 - 1)
     random = torch.Generator().manual_seed(seed)
 
     def drop(changes: list[Tensor]) -> Tensor:
@@ -125,8 +128,9 @@ def _dense(
 ) -> dict[str, Update]:
     """Combines whole matrices, layer by layer, and cuts each result to the rank."""
     _check(updates, weights)
-    if not 0 < density <= 1 or rank < 1:
-        raise ValueError(f"expected density in (0, 1] and rank >= 1, got {density} and {rank}")
+    if not is_number(density) or not 0 < density <= 1:
+        raise ValueError(f"expected density in (0, 1], got {short(density)}")
+    check_integer("rank", rank)
     found = {}
     for name, parts in _by_layer(updates, weights).items():
         change = combine([weight * part.matrix for weight, part in parts])
@@ -148,8 +152,13 @@ def _compressed(update: Update, rank: int) -> Update:
 
 
 def _check(updates: Sequence[Updates], weights: Sequence[float]) -> None:
-    if not updates or len(updates) != len(weights) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"expected a finite weight for each adapter, got {len(updates)} and {list(weights)}")
+    check_list("updates", updates)
+    for each in updates:
+        check_updates(each)
+    check_list("weights", weights)
+    finite = all(is_number(weight) and math.isfinite(weight) for weight in weights)
+    if not len(updates) or len(updates) != len(weights) or not finite:
+        raise ValueError(f"expected a finite weight for each adapter, got {len(updates)} and {short(weights)}")
     shapes: dict[str, tuple[int, ...]] = {}
     for name, update in ((name, update) for each in updates for name, update in each.items()):
         if shapes.setdefault(name, update.shape) != update.shape:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorakit._atomic import new_folder
 from lorakit._numbers import check_integer, is_number
+from lorakit._paths import as_path
 from lorakit._progress import Progress
 from lorakit.layers.lowrank import factored_svd
 from lorakit.merging.any_method import change_of, check_rest, put_on
@@ -123,11 +124,12 @@ def convert_adapter(
         check_integer("rank", rank)
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
         raise ValueError(f"expected a share of the energy in (0, 1], got {energy!r}")
-    with new_folder(Path(out)) as folder:
+    out, adapter = as_path("a new folder", out), as_path("an adapter's folder", adapter)
+    with new_folder(out) as folder:
         plain, tokenizer = load_model(base)
         examples = [_example(tokenizer, text) for text in texts] or probe_texts(plain)
         original, _ = load_model(base)
-        adapted = put_on(original, Path(adapter), layer)
+        adapted = put_on(original, adapter, layer)
         check_rest(original, adapted, plain)
         updates, kept = {}, []
         with Progress(len(adapted), "converting", "layer", show) as bar:
@@ -144,7 +146,7 @@ def convert_adapter(
         save_adapter(attach(plain, updates), folder)
         converted = set_adapter(add_adapter(remove(plain), NAME, folder), NAME)
         found = Conversion(
-            Path(out),
+            out,
             tuple(kept),
             len(texts),
             *_divergences(original, converted, examples),

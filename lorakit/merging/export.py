@@ -9,6 +9,7 @@ import torch
 
 from lorakit._atomic import new_folder
 from lorakit._optional import quiet
+from lorakit._paths import as_path
 from lorakit._suggest import check_name
 from lorakit.models.load import load_model
 from lorakit.models.merge import merge
@@ -57,7 +58,7 @@ def export_merged(
         ValueError: another dtype, or the merged model is not the unmerged one's equal: what it loses is more than
             0.001 nats a token and more than a tenth of what the adapter does. Nothing is left behind.
     """
-    out = Path(out)
+    out = as_path("a new folder", out)
     check_name("a dtype", dtype, ["auto", *DTYPES])
     with new_folder(out) as folder:
         found = _make(base, adapter, folder, dtype)
@@ -66,7 +67,7 @@ def export_merged(
 
 def _make(base: str | os.PathLike, adapter: str | os.PathLike, folder: Path, dtype: str) -> Exported:
     """Writes the merged model into a new folder, and compares it."""
-    read_adapter(Path(adapter))  # found now if there is none, not after the base is loaded
+    read_adapter(as_path("an adapter's folder", adapter))  # found now if there is none, not after the base is loaded
     model, tokenizer = load_model(base)
     chosen = _own_dtype(model) if dtype == "auto" else DTYPES[dtype]
     probe = probe_texts(model)

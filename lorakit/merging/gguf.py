@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lorakit._atomic import write_atomically
 from lorakit._optional import need, quiet
-from lorakit.merging.updates import Updates
+from lorakit._paths import as_path
+from lorakit.merging.updates import Updates, check_updates
 
 KINDS = ("F32", "F16", "BF16", "Q8_0")
 SPLITTERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}  # a pre-tokenizer's steps -> its name there
@@ -37,7 +38,7 @@ def write_gguf(folder: str | os.PathLike, path: str | os.PathLike, kind: str = "
         ValueError: another kind, another architecture, or a tokenizer that is no byte-level BPE known by
             name, or one that changes texts first.
     """
-    folder = Path(folder)
+    folder = as_path("a model's folder", folder)
     if kind not in KINDS:
         raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
     files = sorted(folder.glob("model*.safetensors"))
@@ -67,7 +68,8 @@ def write_lora_gguf(updates: Updates, folder: str | os.PathLike, path: str | os.
     Raises:
         FileExistsError, ValueError: as `write_gguf`, or a layer that the file of the base does not have.
     """
-    config, gguf = _llama_config(Path(folder)), need("gguf")
+    config, gguf = _llama_config(as_path("a model's folder", folder)), need("gguf")
+    check_updates(updates)
     if kind not in KINDS or not updates:
         raise ValueError(f"expected updates and a kind of {', '.join(KINDS)}, got {len(updates)} and {kind!r}")
     there = {name: _name_there(config, name) for name in updates}
@@ -85,7 +87,7 @@ class _Draft:
     """A GGUF file that gets its name when it is whole."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = as_path("a new file", path)
         if self.path.exists() or self.path.is_symlink():
             raise FileExistsError(f"expected a new file, got {str(self.path)!r}, which exists")
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit._paths import as_path
 from lorakit.layers.config import LoRAConfig
 from lorakit.layers.lora import checked_scale
 from lorakit.layers.lowrank import effective_rank, factored_singular_values
@@ -100,7 +100,7 @@ def inspect_adapter(folder: str | os.PathLike) -> Inspection:
         FileNotFoundError: one of the two files is missing.
         AdapterError: a file is damaged, or has settings out of range.
     """
-    folder = Path(folder)
+    folder = as_path("an adapter's folder", folder)
     tensors, file, checksum = read_both(folder)
     if not isinstance(file.get("peft_type"), str):
         raise AdapterError(f"expected a method as peft_type in {folder / CONFIG}, got {file.get('peft_type')!r}")
@@ -138,7 +138,7 @@ def read_factors(folder: str | os.PathLike) -> dict[str, Factors]:
     Raises:
         FileNotFoundError, AdapterError: as `inspect_adapter`.
     """
-    tensors, file, _ = read_both(Path(folder))
+    tensors, file, _ = read_both(as_path("an adapter's folder", folder))
     return {name: each for (name, _), each in _sort(tensors, file)[0].items()}
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit._paths import as_path
 from lorakit._words import short
 from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
@@ -71,10 +72,23 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
         AdapterError: the files are damaged, or hold something else than LoRA, or what overflows with its scale.
         ValueError: there are no adapters, or of another kind, such as DoRA's, whose change depends on the weight.
     """
-    found = _from_model(source) if isinstance(source, nn.Module) else _from_folder(Path(source))
+    found = (
+        _from_model(source) if isinstance(source, nn.Module) else _from_folder(as_path("an adapter's folder", source))
+    )
     if not found:
         raise ValueError("expected adapters, got none")
     return {name: Update(scale * _wide(B, A), _wide(A, B)) for name, (A, B, scale) in found.items()}
+
+
+def check_updates(updates: Any) -> None:
+    """Refuses what does not hold updates by the names of layers.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    named = isinstance(updates, Mapping) and all(isinstance(name, str) for name in updates)
+    if not named or not all(isinstance(update, Update) for update in updates.values()):
+        raise ValueError(f"expected updates by the name of their layer, got {short(updates)}")
 
 
 def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Module:
@@ -93,8 +107,7 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
     """
     if name is None:
         check_plain(model)
-    if not isinstance(updates, Mapping):
-        raise ValueError(f"expected updates by the name of their layer, got {short(updates)}")
+    check_updates(updates)
     modules = dict(plain_modules(model))
     places = {key: _place(modules, key) for key in updates}
     for key, update in updates.items():

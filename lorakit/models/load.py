@@ -2,12 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorakit._optional import need, quiet
+from lorakit._paths import as_path
 from lorakit._words import one_line
 from lorakit.layers.bases import FLOATS
 from lorakit.models.download import MODELS, fetch_model
@@ -48,9 +51,12 @@ def load_model(
     transformers = need("transformers")
     safe = {"trust_remote_code": False}
     with quiet():
-        try:
-            check_causal(transformers.AutoConfig.from_pretrained(folder, **safe), str(folder))
+        with _reading("a config", folder):
+            config = transformers.AutoConfig.from_pretrained(folder, **safe)
+        check_causal(config, str(folder))
+        with _reading("a tokenizer", folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+        with _reading("a model", folder):
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -59,13 +65,20 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 **safe,
             )
-        except (OSError, ValueError, ImportError, MemoryError):
-            raise
-        except Exception as error:  # whatever the libraries make of files that they cannot read
-            raise ValueError(f"expected a model in {folder}, got {type(error).__name__}: {one_line(error)}") from error
     if problem := _find_strangers(model, found, held):
         raise ValueError(f"expected the weights of {type(model).__name__} in {folder}, {problem}")
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _reading(what: str, folder: Path) -> Iterator[None]:
+    """Says in one line whatever the libraries make of files that they cannot read."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"expected {what} in {folder}, got {type(error).__name__}: {one_line(error)}") from error
 
 
 def check_causal(config: Any, name: str) -> None:
@@ -81,7 +94,8 @@ def check_causal(config: Any, name: str) -> None:
 
 def _find_folder(name_or_path: str | os.PathLike) -> Path:
     """From a short name, a path or a hub id to a folder that holds a model."""
-    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    path = as_path("a model, or its name,", name_or_path).expanduser()
+    name = os.fspath(name_or_path)
     if name in MODELS:
         return fetch_model(name)
     means_path = isinstance(name_or_path, Path) or name.startswith((".", "~")) or path.is_absolute()

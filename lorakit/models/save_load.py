@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit._paths import as_path
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import is_conv1d
 from lorakit.layers.config import PLAIN, LoRAConfig
@@ -55,8 +56,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
             trainable parameters, which the files could not hold; or a process's share of an adapter in place of all.
     """
     size = vocabulary(model)
-    write_adapter(Path(folder), *as_file(model), {} if size is None else {VOCABULARY: str(size)})
-    return Path(folder)
+    folder = as_path("an adapter's folder", folder)
+    write_adapter(folder, *as_file(model), {} if size is None else {VOCABULARY: str(size)})
+    return folder
 
 
 def as_file(model: nn.Module, layers: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -113,10 +115,10 @@ def load_adapter(
         AdapterError: the files are damaged (truncated, altered, not finite), name another method, or do
             not fit the model. The model is untouched.
     """
-    present = adapters(model)
+    folder, present = as_path("an adapter's folder", folder), adapters(model)
     own = {name: each.base for name, each in present.items() if not isinstance(each, BESIDE)}
     with grads_kept(model):
-        layers, rows = read_layers(model, Path(folder), layer, own if present else adaptable_layers(model), present)
+        layers, rows = read_layers(model, folder, layer, own if present else adaptable_layers(model), present)
         if not present:
             wrap(model, layers, lambda name, _: layers[name])
         with torch.no_grad():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lorakit._numbers import check_list
+from lorakit._paths import as_path
 from lorakit._suggest import check_name
 from lorakit.training.batch import Example
 from lorakit.training.chat import ANSWERED, ASKED, shown
@@ -191,7 +192,7 @@ def own_task(folder: str | os.PathLike, chat: ChatFormat | None = None) -> Task:
     Raises:
         FileNotFoundError: there is no such folder, or it lacks one of the two.
     """
-    folder = Path(folder)
+    folder = as_path("a task's folder", folder)
     for split in ("train", "test"):
         if not (folder / f"{split}.jsonl").is_file():
             raise FileNotFoundError(f"expected a folder with train.jsonl and test.jsonl, got {str(folder)!r}")

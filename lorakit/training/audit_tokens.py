@@ -8,6 +8,7 @@ from itertools import accumulate, groupby
 from typing import Any
 
 from lorakit._optional import need, quiet
+from lorakit._paths import as_path
 from lorakit.models.download import MODELS, fetch_model
 from lorakit.training.chat import (
     ANSWERED,
@@ -127,6 +128,7 @@ def load_tokenizer(model: str | os.PathLike) -> tuple[Any, int | None]:
     Raises:
         OSError, ValueError, ConnectionError: there is no tokenizer.
     """
+    as_path("a model with a tokenizer, or its name,", model)
     name = fetch_model(os.fspath(model)) if os.fspath(model) in MODELS else model
     transformers, limits = need("transformers"), []
     with quiet():

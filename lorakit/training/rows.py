@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
+
+from lorakit._paths import as_path
 
 Message = Mapping[str, Any]  # role and content, as chat templates take them
 FIRST = ("system", "developer")  # roles that say what the conversation is to be
@@ -98,7 +99,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: a line is none of these, or there is no row.
     """
-    path, rows = Path(path), []
+    path, rows = as_path("a file of rows", path), []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -729,3 +729,9 @@ def test_loading_from_the_cache_takes_seconds(real):
     start = time.perf_counter()
     load_model()
     assert time.perf_counter() - start < 15  # about half a second on an idle machine
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\Aexpected a tokenizer in [^\n]*\Z"):
+        load_model(tmp_path)

@@ -1,6 +1,7 @@
 """Whatever a public function is given, it says in a sentence what it expected."""
 
 import json
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -12,18 +13,41 @@ import lorakit
 from lorakit import LoRAConfig, Recipe, Spec, fit, fit_many, inject
 from lorakit.cost.budget import budget, table
 from lorakit.experiments import stats
-from lorakit.experiments.plan import read_yaml
+from lorakit.experiments.plan import load_plan, read_yaml
+from lorakit.experiments.records import frame
 from lorakit.experiments.sweep import sweep
+from lorakit.merging import arithmetic
 from lorakit.merging.export import export_merged
-from lorakit.merging.updates import attach
+from lorakit.merging.gguf import write_gguf
+from lorakit.merging.updates import Update, attach, read_updates
+from lorakit.models.load import load_model
 from lorakit.tasks import extraction, facts
 from lorakit.tasks.sql.sandbox import Database, run_query
 from lorakit.tasks.sql.task import generate, near_misses, populations, same_rows
+from lorakit.tasks.task import own_task
 from lorakit.training import evaluate
 from lorakit.training.batch import collate, pack
 
 HUGE = 10**400  # which no float holds
 HALF = json.loads('"\\ud800"')  # half of a character, as JSON may have it
+NO_PATHS = (None, 3, "", "a\0b", b"x", ["x"])
+FOLDERS = {  # what takes a path first of all
+    "save_adapter": lambda path: lorakit.save_adapter(adapted("llama"), path),
+    "load_adapter": lambda path: lorakit.load_adapter(build("llama"), path),
+    "inspect_adapter": lorakit.inspect_adapter,
+    "read_updates": read_updates,
+    "load_model": load_model,
+    "export_merged": lambda path: export_merged("base", "adapter", path),
+    "write_gguf": lambda path: write_gguf(path, "out.gguf"),
+    "convert_adapter": lambda path: lorakit.convert_adapter("adapter", "base", path),
+    "read_rows": lorakit.read_rows,
+    "budget": budget,
+    "sweep": lambda path: sweep(print, {"x": [1]}, path),
+    "frame": frame,
+    "load_plan": load_plan,
+    "own_task": own_task,
+}
+UPDATES = {"q_proj": Update(torch.ones(4, 2), torch.ones(2, 4))}
 CALLS = {
     "a schedule that is no name": lambda: Recipe(4, schedule=["linear"]),
     "endless steps": lambda: Recipe(HUGE),
@@ -86,6 +110,13 @@ CALLS = {
     "a query of half a step": lambda: run_query(Database(()), "SELECT 1", max_steps=0.5),
     "rows that are none": lambda: same_rows(None, [], ordered=False),
     "rows of numbers": lambda: same_rows([1], [1], ordered=True),
+    **{f"a folder {path!r} for {name}": partial(call, path) for name, call in FOLDERS.items() for path in NO_PATHS},
+    "sums of nothing": lambda: arithmetic.linear(None, [1.0]),
+    "sums of numbers": lambda: arithmetic.linear([3], [1.0]),
+    "weights that are words": lambda: arithmetic.linear([UPDATES], ["x"]),
+    "a density that is a word": lambda: arithmetic.ties([UPDATES], [1.0], "x", 2),
+    "half a rank": lambda: arithmetic.compress(UPDATES, 1.5),
+    "a seed of nothing": lambda: arithmetic.dare([UPDATES], [1.0], 0.5, 2, seed=None),
     "a confidence of two": lambda: stats.mean_interval([1.0, 2.0], confidence=2),
     "a mean of words": lambda: stats.mean_interval(["a", "b"]),
     "a difference of numbers": lambda: stats.difference(1.0, 2.0),

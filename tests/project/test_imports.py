@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 PACKAGE = Path(__file__).resolve().parents[2] / "lorakit"
 ROOMS = (  # from the ground up; those in one row do not know each other
     ("_words",),
-    ("_atomic", "_numbers", "_optional", "_progress", "_random", "_suggest"),
+    ("_atomic", "_numbers", "_optional", "_paths", "_progress", "_random", "_suggest"),
     ("layers",),
     ("speed",),
     ("models",),

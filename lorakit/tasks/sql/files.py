@@ -6,9 +6,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 from lorakit._atomic import write_atomically
+from lorakit._paths import as_path
 from lorakit._suggest import near_names
 from lorakit.tasks.sql.questions import Item
 from lorakit.tasks.sql.sandbox import Database, Table
@@ -185,7 +185,7 @@ def write_files(
         splits: split -> its items.
         databases: table -> its populations.
     """
-    folder = Path(folder)
+    folder = as_path("a folder for the task's files", folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{split}.jsonl": _jsonl(items) for split, items in splits.items()}
     files["databases.json"] = databases_json(databases)
@@ -206,7 +206,7 @@ def read_items(folder: str | os.PathLike, split: str) -> list[Item]:
     Raises:
         ValueError: no such file, or a line is not an item (the message names file and line).
     """
-    path = Path(folder) / f"{split}.jsonl"
+    path = as_path("a folder of a task", folder) / f"{split}.jsonl"
     if not path.is_file():
         found = sorted(other.stem for other in path.parent.glob("*.jsonl"))
         raise ValueError(f"expected the name of a .jsonl file in {path.parent}, {near_names(split, found)}")
@@ -234,7 +234,7 @@ def load_databases(folder: str | os.PathLike) -> dict[str, list[Database]]:
     Returns:
         Table -> its databases.
     """
-    tables = json.loads((Path(folder) / "databases.json").read_text(encoding="utf-8"))
+    tables = json.loads((as_path("a folder of a task", folder) / "databases.json").read_text(encoding="utf-8"))
     return {
         name: [
             Database((Table(name, tuple(table["columns"].items()), tuple(tuple(row) for row in rows)),))
