@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(two, tmp_path):
     name = next(iter(own[0]))
     with pytest.raises(ValueError, match="expected adapters of one model"):
         linear([own[0], {name: Update(torch.ones(3, 1), torch.ones(1, 3))}], [1, 1])
-    with pytest.raises(ValueError, match="expected rank >= 1"):
+    with pytest.raises(ValueError, match="expected rank as an integer >= 1"):
         compress(own[0], 0)
     for density, rank in ((0, 2), (1.5, 2), (0.5, 0)):
         with pytest.raises(ValueError, match="expected density"):
