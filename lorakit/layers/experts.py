@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -47,6 +48,13 @@ def peft_shapes(base: nn.Module, ranks: Mapping[str, int]) -> dict[str, tuple[in
         E, d_out, d_in = stack_shape(base, name)
         found |= {f"{INNER * depth}lora_A.weight": (E * rank, d_in), f"{INNER * depth}lora_B.weight": (d_out, E * rank)}
     return found
+
+
+def as_stacks(
+    A: Float[Tensor, "rows d_in"], B: Float[Tensor, "d_out rows"], experts: int
+) -> tuple[Float[Tensor, "experts rank d_in"], Float[Tensor, "experts d_out rank"]]:
+    """Factors in PEFT's shapes, in which A goes expert by expert and B rank by rank, as those of each expert."""
+    return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 class LoRAExperts(nn.Module):
@@ -146,8 +154,10 @@ class LoRAExperts(nn.Module):
         """Takes the values of `peft_tensors()` over from a file."""
         for depth, name in enumerate(reversed(self.settings)):
             A, B = self.A[name], self.B[name]
-            A.copy_(tensors[f"{INNER * depth}lora_A.weight"].view_as(A))
-            B.copy_(tensors[f"{INNER * depth}lora_B.weight"].unflatten(1, (-1, len(B))).permute(2, 0, 1))
+            a, b = (tensors[f"{INNER * depth}lora_{x}.weight"] for x in "AB")
+            a, b = as_stacks(a, b, len(A))
+            A.copy_(a)
+            B.copy_(b)
 
     def __getattr__(self, name: str) -> Any:
         """What code asks the module for, such as a router's bias; adapted parameters with their update."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorakit._progress import Progress
 from lorakit.layers.bases import dense_weight, weight_of
+from lorakit.layers.experts import is_transposed
 from lorakit.layers.lowrank import count_intruders
 from lorakit.layers.nf4 import dequantize, quantize
 from lorakit.merging.inspection import Factors, Inspection, Layer, read_factors
@@ -59,8 +60,8 @@ def compare_with_base(
 ) -> Compared:
     """Compares every update of an adapter with the weight that it changes.
 
-    The weights are read from the base's safetensors one by one where they have the adapter's names and shapes; else the
-    model is loaded.
+    The weights are read from the base's safetensors one by one where they have the adapter's names and shapes; else,
+    and for experts, the model is loaded.
 
     Args:
         found: what `inspect_adapter` says.
@@ -77,18 +78,22 @@ def compare_with_base(
         bar = stack.enter_context(Progress(len(found.layers), "comparing", "layer", show))
         for layer in found.layers:
             bar.update()
-            weight = read(layer)
+            weight, parts = read(layer), _own(factors[layer.whole], layer)
             if weight is None:
                 misfits.append(f"the base has no {layer.name}")
             elif tuple(weight.shape) != layer.shape:
                 misfits.append(
                     f"{layer.name} is {_size(weight.shape)} in the base, {_size(layer.shape)} in the adapter"
                 )
-            elif (parts := factors[layer.name]).magnitude is not None and parts.magnitude.numel() != len(weight):
+            elif parts.magnitude is not None and parts.magnitude.numel() != len(weight):
                 misfits.append(f"{layer.name} has {parts.magnitude.numel()} magnitudes for {len(weight)} outputs")
             elif layer.norm is not None:
                 layers.append(_compare(layer, weight, parts, k, epsilon))
     return Compared(os.fspath(base), k, epsilon, tuple(layers), tuple(misfits))
+
+
+def _own(factors: Factors, layer: Layer) -> Factors:
+    return factors if layer.expert is None else Factors(factors.B[layer.expert], factors.A[layer.expert])
 
 
 def _compare(layer: Layer, weight: Tensor, factors: Factors, k: int, epsilon: float) -> AgainstBase:
@@ -127,7 +132,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _holds(files: Mapping[str, Any], layer: Layer) -> bool:
     key = f"{layer.name}.weight"
-    if key not in files:
+    if key not in files or layer.expert is not None:
         return False
     stored = files[key].get_slice(key)
     shape = layer.shape[::-1] if layer.embedding else layer.shape
@@ -136,12 +141,21 @@ def _holds(files: Mapping[str, Any], layer: Layer) -> bool:
 
 def _of_model(model: nn.Module, layer: Layer) -> Tensor | None:
     try:
+        if layer.expert is not None:
+            return _of_expert(model, layer.whole, layer.expert)
         module = model.get_submodule(layer.name)
         if layer.embedding:
             return _turned(weight_of(module).detach(), layer)
         return dense_weight(module, torch.float32).flatten(1)
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, IndexError):
         return None
+
+
+def _of_expert(model: nn.Module, name: str, number: int) -> Tensor:
+    module = model.get_submodule(name.rpartition(".")[0])
+    stack = module.get_parameter(name.rpartition(".")[2]).detach()
+    weight = stack.view(-1, *stack.shape[-2:])[number]
+    return (weight.T if stack.ndim > 2 and is_transposed(module) else weight).float()
 
 
 def _turned(weight: Tensor, layer: Layer) -> Tensor:

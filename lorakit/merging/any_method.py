@@ -21,9 +21,12 @@ from lorakit._optional import need, quiet
 from lorakit._suggest import near_names
 from lorakit._words import one_line
 from lorakit.layers.bases import linear_shape
+from lorakit.layers.embedding import LoRAEmbedding
+from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import LoRALinear
+from lorakit.layers.tied import Tied
 from lorakit.merging.serving import PEFT_KINDS
-from lorakit.merging.updates import Update
+from lorakit.merging.updates import Update, updates_of
 from lorakit.models.inject import adapters, named
 from lorakit.models.peft_files import PLAIN_STARTS, AdapterError, as_config, check_finite, read_both
 from lorakit.models.save_load import load_adapter
@@ -52,8 +55,12 @@ def put_on(model: nn.Module, folder: Path, layer: Callable[..., nn.Module] | Non
     found: dict[str, nn.Module]
     if layer is not None or _is_plain(file):
         load_adapter(model, folder, layer)
-        kinds: tuple[type[nn.Module], ...] = (LoRALinear, layer) if isinstance(layer, type) else (LoRALinear,)
-        found = {name: each for name, each in adapters(model).items() if isinstance(each, kinds)}  # see `check_rest`
+        kinds = (LoRALinear, LoRAExperts, *([layer] if isinstance(layer, type) else []))
+        found = {
+            name: each
+            for name, each in adapters(model).items()
+            if isinstance(each, kinds) or isinstance(getattr(each, "source", None), LoRAEmbedding)
+        }  # of others `check_rest` tells
     else:
         found = _by_peft(model, folder, file, tensors)
     model.eval().requires_grad_(False)
@@ -104,20 +111,23 @@ def check_rest(model: nn.Module, layers: dict[str, nn.Module], plain: nn.Module)
     inside = tuple(f"{name}." for name in layers if name in known)
     for name, parameter in model.named_parameters():
         if not name.startswith(inside) and not (name in before and torch.equal(before[name], parameter)):
-            raise ValueError(f"expected an adapter of linear layers alone, got one that also changes {name}")
+            raise ValueError(f"expected an adapter of layers and experts alone, got one that also changes {name}")
 
 
 @torch.no_grad()
-def change_of(layer: nn.Module, base: nn.Module, name: str) -> Update | Float[Tensor, "d_out d_in"]:
+def changes_of(layer: nn.Module, base: nn.Module, name: str) -> dict[str, Update | Float[Tensor, "d_out d_in"]]:
     """What an adapted layer's answers add to the base's, in float64: its factors if it is LoRA, else the matrix.
+
+    Returns:
+        by the name of the layer, or those of the experts' parameters.
 
     Raises:
         ValueError: it changes the bias, is not linear in its input, or its base is no linear layer.
     """
+    if type(layer) in (LoRALinear, LoRAEmbedding, LoRAExperts, Tied):
+        return {key: Update(each.B.double(), each.A.double()) for key, each in updates_of(name, layer).items()}
     with named(name):
         d_in = linear_shape(base)[1]
-        if type(layer) is LoRALinear:
-            return Update(layer.scale * layer.B.double(), layer.A.double())
         adapted, plain = (copy.deepcopy(each).double() for each in (layer, base))
         x = torch.eye(d_in + 1, d_in, dtype=torch.float64, device=next(plain.parameters()).device)  # the last is zero
         added = (adapted(x) - plain(x)).double()
@@ -128,4 +138,4 @@ def change_of(layer: nn.Module, base: nn.Module, name: str) -> Update | Float[Te
         error = adapted(probe) - plain(probe) - probe @ change.T - shift
         if error.norm() > LINEAR * (probe @ change.T).norm():
             raise ValueError("expected a layer that is linear in its input, got one whose change depends on it")
-        return change
+        return {name: change}

@@ -15,14 +15,13 @@ from lorakit._numbers import check_integer, is_number
 from lorakit._paths import as_path
 from lorakit._progress import Progress
 from lorakit.layers.lowrank import factored_svd
-from lorakit.merging.any_method import change_of, check_rest, put_on
+from lorakit.merging.any_method import changes_of, check_rest, put_on
 from lorakit.merging.arithmetic import from_svd
 from lorakit.merging.export import probe_texts
 from lorakit.merging.updates import Update, attach
 from lorakit.models.load import load_model
 from lorakit.models.merge import remove
-from lorakit.models.save_load import save_adapter
-from lorakit.models.several import add_adapter, set_adapter, using_adapters
+from lorakit.models.save_load import load_adapter, save_adapter
 from lorakit.training.audit_tokens import load_tokenizer
 from lorakit.training.batch import Example
 from lorakit.training.chat import shown
@@ -30,14 +29,14 @@ from lorakit.training.evaluate import kl_divergence, log_probabilities
 from lorakit.training.generate import greedy
 from lorakit.training.rows import ASSISTANT, Row, read_rows
 
-CERTIFICATE, NAME = "conversion.json", "converted"
+CERTIFICATE = "conversion.json"
 AT_A_TIME = 8  # texts, whose log-probabilities are in memory together
 ROUNDING = 1e-12  # of the energy, which float64 does not tell from none
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is left of one layer's update: `norm` is the Frobenius norm before, `energy` the share of its square."""
+    """What is left of one update, of all experts together: its Frobenius norm before, and the share of its square."""
 
     name: str
     rank: int
@@ -97,15 +96,16 @@ def convert_adapter(
     """Saves the nearest LoRA to an adapter of any method whose layers are linear in their input, in PEFT's format.
 
     Of each layer's change of the weight the singular values and vectors of the largest energy are kept, which no other
-    LoRA of that rank can better (Eckart & Young 1936). A change of at most that rank is kept whole. The folder also
-    holds `conversion.json`, the certificate.
+    LoRA of that rank can better (Eckart & Young 1936), and so of an embedding's and each expert's. A change of at most
+    that rank is kept whole. The folder also holds `conversion.json`, the certificate.
 
     Args:
         adapter: a folder with lorakit's or PEFT's adapter: LoRA, DoRA, LoHa, LoKr, VeRA, OFT, BOFT, IA3, HRA, ...
         base: as for `load_model`.
         out: the new folder.
         rank: of every layer, but for those that are narrower; or instead
-        energy: in (0, 1], each layer gets the smallest rank that keeps this share of its update's squared norm.
+        energy: in (0, 1], each layer gets the smallest rank that keeps this share of its update's squared norm; the
+            experts of a parameter get one, for the share of them all.
         texts: on which both are compared: their next tokens, and what they answer. Without any, random tokens.
         max_new_tokens: of an answer.
         layer: the adapter's class, if it is one of the reader's own.
@@ -114,7 +114,7 @@ def convert_adapter(
     Raises:
         FileExistsError: there is something at `out`; it stays as it is.
         FileNotFoundError, AdapterError: no base or adapter, or they do not fit.
-        ValueError: the adapter changes more than weights of linear layers, or nothing, or a setting is out of range;
+        ValueError: the adapter changes more than layers and experts, or nothing, or a setting is out of range;
             nothing is left behind.
         ImportError: it takes PEFT, which is not installed.
     """
@@ -134,23 +134,29 @@ def convert_adapter(
         updates, kept = {}, []
         with Progress(len(adapted), "converting", "layer", show) as bar:
             for name, each in adapted.items():
-                U, S, Vh = _svd(change_of(each, plain.get_submodule(name), name))
-                total = S.square().sum()
-                if total > 0:
-                    r = rank if rank is not None else _smallest_rank(S, energy or 1.0)
-                    updates[name] = from_svd(U, S, Vh, r)
-                    kept.append(Kept(name, min(r, len(S)), total.sqrt().item(), (S[:r].square().sum() / total).item()))
+                for key, change in changes_of(each, plain.get_submodule(name), name).items():
+                    U, S, Vh = _svd(change)
+                    energies = S.square().view(-1, S.shape[-1]).sum(0)  # of all experts
+                    total = energies.sum()
+                    if total > 0:
+                        r = rank if rank is not None else _smallest_rank(energies, energy or 1.0)
+                        updates[key] = from_svd(U, S, Vh, r)
+                        share = (energies[:r].sum() / total).item()
+                        kept.append(Kept(key, min(r, len(energies)), total.sqrt().item(), share))
                 bar.update()
         if not updates:
             raise ValueError("expected an adapter that changes something, got one whose updates are zero")
         save_adapter(attach(plain, updates), folder)
-        converted = set_adapter(add_adapter(remove(plain), NAME, folder), NAME)
+        converted = load_adapter(remove(plain), folder)
+        answers = _equal_answers(original, converted, tokenizer, texts, max_new_tokens, show) if texts else None
+        kl = _divergence(original, converted, examples)
         found = Conversion(
             out,
             tuple(kept),
             len(texts),
-            *_divergences(original, converted, examples),
-            _equal_answers(original, converted, tokenizer, texts, max_new_tokens, show) if texts else None,
+            _divergence(original, remove(converted), examples),
+            kl,
+            answers,
         )
         (folder / CERTIFICATE).write_text(json.dumps(found.as_record(), indent=1) + "\n", encoding="utf-8")
     return found
@@ -184,23 +190,21 @@ def _svd(change: Update | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(change, full_matrices=False)
 
 
-def _smallest_rank(S: Tensor, energy: float) -> int:
-    """How many of the singular values, which fall, have that share of the energy."""
-    shares = S.square().cumsum(0) / S.square().sum()
+def _smallest_rank(energies: Tensor, energy: float) -> int:
+    """How many of the singular values' squares, which fall, have that share of them all."""
+    shares = energies.cumsum(0) / energies.sum()
     return int((shares < energy - ROUNDING).sum()) + 1
 
 
-def _divergences(original: Any, converted: Any, examples: Sequence[Example]) -> tuple[float, float]:
-    """From the original to the base and to the LoRA, in nats a token."""
-    sums, tokens = {None: 0.0, NAME: 0.0}, 0
+def _divergence(original: Any, other: Any, examples: Sequence[Example]) -> float:
+    """From the original to the other, in nats a token."""
+    total, tokens = 0.0, 0
     for start in range(0, len(examples), AT_A_TIME):
         batch = examples[start : start + AT_A_TIME]
         right = log_probabilities(original, batch)  # (tokens, vocab)
-        for name in sums:
-            with using_adapters(converted, name):
-                sums[name] += len(right) * kl_divergence(right, log_probabilities(converted, batch))
+        total += len(right) * kl_divergence(right, log_probabilities(other, batch))
         tokens += len(right)
-    return sums[None] / tokens, sums[NAME] / tokens
+    return total / tokens
 
 
 def _equal_answers(

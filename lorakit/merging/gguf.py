@@ -18,6 +18,7 @@ from lorakit._paths import as_path
 from lorakit.merging.updates import Updates, check_updates
 
 KINDS = ("F32", "F16", "BF16", "Q8_0")
+ENDS = ("token_embd", "output")  # an embedding's name there, and the output layer's
 SPLITTERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}  # a pre-tokenizer's steps -> its name there
 
 
@@ -66,19 +67,26 @@ def write_lora_gguf(updates: Updates, folder: str | os.PathLike, path: str | os.
         path, kind: as for `write_gguf`.
 
     Raises:
-        FileExistsError, ValueError: as `write_gguf`, or a layer that the file of the base does not have.
+        FileExistsError, ValueError: as `write_gguf`; or a layer that the file of the base does not have, or whose
+            weight is both ends of the model, to which llama.cpp cannot add.
     """
     config, gguf = _llama_config(as_path("a model's folder", folder)), need("gguf")
     check_updates(updates)
     if kind not in KINDS or not updates:
         raise ValueError(f"expected updates and a kind of {', '.join(KINDS)}, got {len(updates)} and {kind!r}")
     there = {name: _name_there(config, name) for name in updates}
+    if shared := [name for name in updates if config.tie_word_embeddings and there[name] in ENDS]:
+        raise ValueError(
+            f"expected weights that no other layer has, got {shared[0]!r} of a model with tied ends: merge it with "
+            "export_merged, then write_gguf"
+        )
     out = _Draft(path)
     out.writer.add_type(gguf.GGUFType.ADAPTER)
     out.writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     out.writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # read as: no scale beside the factors
     for name, update in updates.items():
-        out.add(f"{there[name]}.weight.lora_a", update.A, kind)
+        A = update.A.T if there[name] == ENDS[0] else update.A  # rows are looked up in it
+        out.add(f"{there[name]}.weight.lora_a", A, kind)
         out.add(f"{there[name]}.weight.lora_b", _turned(update.B, name, config), kind)
     return out.finish()
 
@@ -143,7 +151,7 @@ def _shape(config: Any) -> dict[str, int | float]:
 def _name_there(config: Any, layer: str) -> str:
     gguf = need("gguf")
     found = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers).get_name(layer)
-    if found is None or (found == "output" and config.tie_word_embeddings):
+    if found is None:
         raise ValueError(f"expected a layer of a Llama, got {layer!r}, which the file has no place for")
     return found
 

@@ -16,23 +16,28 @@ from lorakit._words import short
 from lorakit.layers.adapter import Adapter
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.config import LoRAConfig
-from lorakit.layers.experts import LoRAExperts, stack_shape
+from lorakit.layers.embedding import LoRAEmbedding
+from lorakit.layers.experts import LoRAExperts, as_stacks, stack_shape
 from lorakit.layers.lora import LoRALinear, checked_scale
-from lorakit.models.file_layers import FACTORS, PREFIX, without_wrappers
+from lorakit.layers.tied import Tied
+from lorakit.models.expert_files import in_module, told_by_file
+from lorakit.models.file_layers import EMBEDDING_FACTORS, FACTORS, PREFIX, without_wrappers
 from lorakit.models.inject import adapters, check_plain, grads_kept, wrap
 from lorakit.models.peft_files import AdapterError, as_config, check_finite, read_adapter
 from lorakit.models.several import add_adapter
 from lorakit.models.targets import is_target, plain_modules
 
 # what a layer may have in a file: its factors, and the base's own tensors, as PEFT writes those of an output head
-EACH = "|".join(map(re.escape, (*FACTORS, "base_layer.weight", "base_layer.bias")))
+EACH = "|".join(map(re.escape, (*FACTORS, *EMBEDDING_FACTORS, "base_layer.weight", "base_layer.bias")))
+Factors = tuple[Tensor, Tensor, float]  # A, B and the scale
 
 
 @dataclass(frozen=True)
 class Update:
     """The change of one weight by its factors: `dW = B A`, with the scale in B; `rank` may be any.
 
-    Of a parameter, such as that of all experts, it is a stack of changes, one for each.
+    Of a parameter, such as that of all experts, it is a stack of changes, one for each. An embedding is seen as the
+    linear layer of one-hot inputs that it is: d_in counts its tokens.
     """
 
     B: Float[Tensor, "*stack d_out rank"]
@@ -61,8 +66,8 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     """The changes that a model's adapters make, or those of a saved adapter, lorakit's or PEFT's, without its model.
 
     Args:
-        source: a model with LoRA's or PiSSA's layers, or a folder; any rank, alpha and scale rule by layer. A folder
-            does not say which of its factors are which expert parameter's; `load_adapter(model, folder)` knows.
+        source: a model with LoRA's or PiSSA's layers, on embeddings and experts too, or a folder; any rank, alpha and
+            scale rule by layer. Of an output layer that follows an adapted embedding, its own change is told.
 
     Returns:
         layer -> its change, detached, in float32 or wider.
@@ -70,14 +75,15 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
     Raises:
         FileNotFoundError: there is no such file.
         AdapterError: the files are damaged, or hold something else than LoRA, or what overflows with its scale.
-        ValueError: there are no adapters, or of another kind, such as DoRA's, whose change depends on the weight.
+        ValueError: there are no adapters, or of another kind, such as DoRA's, whose change depends on the weight, or a
+            folder does not say which parameter its factors are of; `load_adapter(model, folder)` knows.
     """
     found = (
         _from_model(source) if isinstance(source, nn.Module) else _from_folder(as_path("an adapter's folder", source))
     )
     if not found:
         raise ValueError("expected adapters, got none")
-    return {name: Update(scale * _wide(B, A), _wide(A, B)) for name, (A, B, scale) in found.items()}
+    return _updates(found)
 
 
 def check_updates(updates: Any) -> None:
@@ -96,7 +102,7 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
 
     Args:
         model: plain; or with named adapters, if these updates get a name too.
-        updates: by the names of the model's layers, or of parameters such as experts'.
+        updates: by the names of the model's layers and embeddings, or of parameters such as experts'.
         name: as for `add_adapter`: they answer when they are chosen. None for the model's only adapter.
 
     Returns:
@@ -114,9 +120,9 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
         module, parameter = places[key]
         try:
             base = modules[module]
-            shape: tuple[int, ...] = stack_shape(base, parameter) if parameter else linear_shape(base)
+            shape: tuple[int, ...] = stack_shape(base, parameter) if parameter else _shape(base)
         except (KeyError, ValueError, AttributeError):
-            raise ValueError(f"expected linear layers of the model, got {key!r}") from None
+            raise ValueError(f"expected linear layers or embeddings of the model, got {key!r}") from None
         if shape != update.shape:
             raise ValueError(f"expected an update of shape {shape} for layer {key!r}, got {update.shape}")
 
@@ -124,7 +130,8 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
         own = {parameter: updates[key] for key, (of, parameter) in places.items() if of == module}
         layer: Any
         if "" in own:
-            layer = LoRALinear(base, own[""].rank, float(own[""].rank))
+            kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+            layer = kind(base, own[""].rank, float(own[""].rank))
             factors = {"": (layer.A, layer.B)}
         else:
             layer = LoRAExperts(base, {each: (update.rank, float(update.rank)) for each, update in own.items()})
@@ -142,6 +149,10 @@ def attach(model: nn.Module, updates: Updates, name: str | None = None) -> nn.Mo
         return add_adapter(model, name, {key: make(key, modules[key]) for key in chosen})
 
 
+def _shape(base: nn.Module) -> tuple[int, int]:
+    return LoRAEmbedding.fitting(base)[:2] if isinstance(base, nn.Embedding) else linear_shape(base)
+
+
 def _place(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
     """A layer and "", or a module and the name of a parameter in it."""
     return (name, "") if name in modules else (name.rpartition(".")[0], name.rpartition(".")[2])
@@ -153,64 +164,126 @@ def _wide(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(dtype, torch.float32))
 
 
-def _from_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name, layer in adapters(model).items():
-        if isinstance(layer, LoRAExperts):
-            found |= {f"{name}.{key}": (layer.A[key], layer.B[key], scale) for key, scale in layer.scales.items()}
-            continue
-        if (
-            not isinstance(layer, Adapter)
-            or (settings := layer.peft_settings()).get("peft_type") != "LORA"
-            or settings["use_dora"]
-        ):
-            raise ValueError(f"expected LoRA, got {type(layer).__name__} for layer {name!r}: its change is no s B A")
-        A, B = (layer.peft_tensors()[part] for part in FACTORS)
-        rule = "rslora" if settings["use_rslora"] else "lora"
-        found[name] = (A, B, checked_scale(A.shape[0], settings["lora_alpha"], scale_rule=rule))
-    return found
+def updates_of(name: str, layer: nn.Module) -> dict[str, Update]:
+    """The changes that one adapter makes, by the name of its layer or of its parameters; as `read_updates`."""
+    return _updates(_of_layer(name, layer))
 
 
-def _from_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    keys: dict[str, tuple[str, str]] = {}
+def _updates(found: Mapping[str, Factors]) -> dict[str, Update]:
+    return {name: Update(scale * _wide(B, A), _wide(A, B)) for name, (A, B, scale) in found.items()}
+
+
+def _from_model(model: nn.Module) -> dict[str, Factors]:
+    return {key: each for name, layer in adapters(model).items() for key, each in _of_layer(name, layer).items()}
+
+
+def _of_layer(name: str, layer: Any) -> dict[str, Factors]:
+    if isinstance(layer, LoRAExperts):
+        return {f"{name}.{key}": (layer.A[key], layer.B[key], scale) for key, scale in layer.scales.items()}
+    if isinstance(layer, Tied) and isinstance(layer.source, LoRAEmbedding):
+        tied = layer.source.tied_tensors()
+        return {name: (tied[FACTORS[0]], tied[FACTORS[1]], layer.source.scale)}
+    if (
+        not isinstance(layer, Adapter)
+        or (settings := layer.peft_settings()).get("peft_type") != "LORA"
+        or settings["use_dora"]
+    ):
+        raise ValueError(f"expected LoRA, got {type(layer).__name__} for layer {name!r}: its change is no s B A")
+    A, B = (layer.peft_tensors()[part] for part in _names(isinstance(layer, LoRAEmbedding)))
+    rule = "rslora" if settings["use_rslora"] else "lora"
+    return {name: (A, B, checked_scale(A.shape[0], settings["lora_alpha"], scale_rule=rule))}
+
+
+def _names(embedding: bool) -> tuple[str, str]:
+    return EMBEDDING_FACTORS if embedding else FACTORS
+
+
+def _from_folder(folder: Path) -> dict[str, Factors]:
+    entries: dict[str, _Entry] = {}
 
     def check(header: dict[str, Tensor], file: dict[str, Any], _: dict[str, str]) -> None:
         if file.get("use_dora"):
             raise ValueError(f"expected LoRA, got DoRA in {folder.name}: its change depends on W; merge it instead")
-        if file.get("target_parameters"):
-            raise ValueError(
-                f"expected LoRA of layers, got target_parameters in {folder.name}, which only their model tells apart: "
-                "read_updates(load_adapter(model, folder))"
-            )
         try:
-            keys.update(_pairs(header, as_config(file)))
+            entries.update(_entries(header, as_config(file)))
         except ValueError as error:
             raise AdapterError(str(error)) from error
 
     tensors, file = read_adapter(folder, check=check)
     config, found = as_config(file), {}
-    for name, (a, b) in keys.items():
-        found[name] = tensors[a], tensors[b], checked_scale(*config.at(name), scale_rule=config.scale_rule)
+    for name, each in entries.items():
+        A, B = tensors[each.A], tensors[each.B]
+        if each.experts:
+            A, B = as_stacks(A, B, each.experts)
+        found[name] = A, B, checked_scale(*config.at(each.settings), scale_rule=config.scale_rule)
     check_finite({f"{name}, times its scale": scale * _wide(B, A) for name, (A, B, scale) in found.items()})
     return found
 
 
-def _pairs(header: dict[str, Tensor], config: LoRAConfig) -> dict[str, tuple[str, str]]:
-    """The names of each layer's A and B in the file, once names, shapes and targets are seen to agree."""
+@dataclass(frozen=True)
+class _Entry:
+    """One change in a file: the names of its factors there, of how many experts, and by which name its settings go."""
+
+    A: str
+    B: str
+    experts: int  # 0 of a layer
+    settings: str
+
+
+def _entries(header: dict[str, Tensor], config: LoRAConfig) -> dict[str, _Entry]:
+    """The changes in a file, once names, shapes and targets are seen to agree."""
+    pairs, found = _pairs(header), dict[str, _Entry]()
+    shapes = {name: (header[a].shape, header[b].shape) for name, (a, b) in pairs.items()}
+    flat = {name: (B[0], A[1]) for name, (A, B) in shapes.items() if len(A) == len(B) == 2}
+
+    def is_layer(name: str) -> bool:
+        return is_target(name, config.targets) and config.keeps(name)
+
+    told = told_by_file(flat, config.target_parameters or (), is_layer)
+    for name, (a, b) in pairs.items():
+        (A, B), whole, settings, experts = shapes[name], name, name, 0
+        if not is_layer(name):
+            place, source = told.get(name), _followed(name, pairs, shapes) if config.ensure_weight_tying else None
+            if source is not None:
+                settings = source
+            elif place is not None and place[1] != "weight":  # which may be a layer's as well
+                whole = settings = ".".join(place)
+                experts = A[0] // config.at(settings)[0]
+            elif config.target_parameters:
+                raise AdapterError(
+                    f"expected target_parameters that a file tells apart, got {in_module(name, '')[0]!r}, which only "
+                    "its model does: read_updates(load_adapter(model, folder))"
+                )
+            else:
+                raise AdapterError(f"expected layers that target_modules names, got {name!r}")
+        rank = config.at(settings)[0]
+        rows = rank * max(experts, 1)
+        if len(A) != 2 or len(B) != 2 or A[0] != rows or B[1] != rows or not A[1] * B[0]:
+            raise AdapterError(f"expected factors of rank {rank} for layer {name!r}, got {tuple(A)} and {tuple(B)}")
+        found[whole] = _Entry(a, b, experts, settings)
+    return found
+
+
+def _pairs(header: dict[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """The names of A and B in the file, by that of their layer."""
     found: dict[str, dict[str, str]] = {}
     for key in header:
         match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({EACH})", without_wrappers(key), re.DOTALL)
         if match is None or match[2] in found.setdefault(match[1], {}):
-            raise AdapterError(f"expected lora_A and lora_B of linear layers, got {key!r}")
+            raise AdapterError(f"expected lora_A and lora_B of linear layers or embeddings, got {key!r}")
         found[match[1]][match[2]] = key
-    for name, parts in found.items():
-        if not set(FACTORS) <= parts.keys():
-            raise AdapterError(
-                f"expected lora_A and lora_B of layer {name!r}, got {', '.join(map(repr, parts.values()))}"
-            )
-        if not (is_target(name, config.targets) and config.keeps(name)):
-            raise AdapterError(f"expected layers that target_modules names, got {name!r}")
-        rank, (A, B) = config.at(name)[0], (header[parts[part]].shape for part in FACTORS)
-        if len(A) != 2 or len(B) != 2 or A[0] != rank or B[1] != rank or not A[1] * B[0]:
-            raise AdapterError(f"expected factors of rank {rank} for layer {name!r}, got {tuple(A)} and {tuple(B)}")
-    return {name: (parts[FACTORS[0]], parts[FACTORS[1]]) for name, parts in found.items()}
+    pairs = {}
+    for name, own in found.items():
+        both = sorted(own.keys() - {"base_layer.weight", "base_layer.bias"})
+        if both not in ([*FACTORS], [*EMBEDDING_FACTORS]):
+            there = ", ".join(map(repr, own.values()))
+            raise AdapterError(f"expected lora_A and lora_B of layer {name!r}, got {there}")
+        pairs[name] = own[both[0]], own[both[1]]
+    return pairs
+
+
+def _followed(name: str, pairs: Mapping[str, tuple[str, str]], shapes: Mapping[str, Any]) -> str | None:
+    """The embedding that an output layer with factors of these shapes follows."""
+    A, B = shapes[name]
+    sources = (each for each, (a, _) in pairs.items() if a.endswith(EMBEDDING_FACTORS))
+    return next((each for each in sources if shapes[each] == (B[::-1], A[::-1])), None)

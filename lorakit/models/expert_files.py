@@ -4,17 +4,19 @@ A module's parameters p and q are `module.base_layer.lora_A.weight` and `module.
 `module.p` and `module.q` in the settings. Source: PEFT 0.21, `BaseTuner._inject_parameters` and `ParamWrapper`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import permutations
 from typing import Any
 
 from torch import nn
 
 from lorakit.layers.adapter import Adapter
 from lorakit.layers.experts import INNER, LoRAExperts
-from lorakit.models.targets import find_experts, plain_modules
+from lorakit.models.targets import find_experts, is_named, plain_modules
 
 # Where a model has experts, PEFT takes a target of this name for theirs in transformers 4 (its
 # `_MOE_TARGET_MODULE_MAPPING`), so that a shared expert's layer can only be named as the parameter that its weight is.
+PAIR = ("gate_up_proj", "down_proj")  # a mixture's weights in transformers 5
 TAKEN = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 
@@ -45,6 +47,48 @@ def short_names(model: nn.Module, chosen: Collection[str]) -> list[str]:
 
 def _short(name: str) -> str:
     return ".".join(name.split(".")[-2:])
+
+
+def told_by_file(
+    shapes: Mapping[str, tuple[int, int]], named: Iterable[str], is_layer: Callable[[str], bool]
+) -> dict[str, tuple[str, str] | None]:
+    """The parameters whose factors a file holds, as far as it says so without the model.
+
+    The only parameter of a module is known by its name, a mixture's two by their widths: the hidden states that
+    `gate_up_proj` makes, in two halves, are those that `down_proj` takes.
+
+    Args:
+        shapes: d_out and d_in by the names of the file's entries.
+        named: the `target_parameters`.
+        is_layer: whether the settings name a layer.
+
+    Returns:
+        entry -> its module and parameter, None where the file does not tell; those of layers are left out.
+    """
+    inside: dict[str, list[str]] = {}
+    for entry in shapes:
+        inside.setdefault(in_module(entry, "")[0], []).append(entry)
+    found: dict[str, tuple[str, str] | None] = {}
+    for module, entries in inside.items():
+        if is_layer(module):
+            continue
+        last = [(target.rsplit(".", 1)[-1], target) for target in named]
+        own = {parameter for parameter, target in last if is_named(f"{module}.{parameter}", target)}
+        orders = permutations(entries) if len(own) == len(entries) <= len(PAIR) else ()
+        pairs = [dict(zip(sorted(own), order, strict=True)) for order in orders]
+        right = [pair for pair in pairs if len(pair) == 1 or _fit(pair, shapes)]
+        found |= dict.fromkeys(entries)
+        if len(right) == 1:
+            found |= {entry: (module, parameter) for parameter, entry in right[0].items()}
+    return found
+
+
+def _fit(pair: Mapping[str, str], shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether these are an expert's two weights; Llama 4 has them as (d_in, d_out) and does not say so."""
+    if pair.keys() != {*PAIR}:
+        return False
+    (up_out, up_in), (down_out, down_in) = (shapes[pair[parameter]] for parameter in PAIR)
+    return (up_out, up_in) == (2 * down_in, down_out) or (up_out, up_in) == (down_in, 2 * down_out)
 
 
 def in_module(name: str, part: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.architectures import DIVERSE, build, logits_of
-from helpers.parity import randomise
+from helpers.parity import peft_model, randomise
 from torch import nn
 
 import lorakit
@@ -242,12 +242,65 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(two, tmp_path):
 
 
 def test_files_of_other_layers_are_refused(tmp_path):
-    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     with quiet():
-        theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+        theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="expected lora_A and lora_B of linear layers"):
+    with pytest.raises(AdapterError, match="expected lora_A and lora_B of linear layers or embeddings, got"):
         read_updates(tmp_path)
+
+
+ENDS = {"targets": ["embed_tokens", "lm_head", "q_proj"]}
+TIED = {"targets": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+@pytest.mark.parametrize(("name", "settings"), [("llama", ENDS), ("llama-biased-tied", ENDS), ("gemma2", TIED)])
+def test_both_ends_are_read_and_attached(tmp_path, name, settings, by_peft):
+    config = lorakit.LoRAConfig(3, 6, **settings)
+    model = peft_model(build(name), **config.to_peft()) if by_peft else lorakit.inject(build(name), config)
+    randomise(model)
+    with quiet():
+        model.save_pretrained(tmp_path) if by_peft else lorakit.save_adapter(model, tmp_path)
+    found, own = read_updates(tmp_path), read_updates(lorakit.load_adapter(build(name), tmp_path))
+    assert {"lm_head", "model.embed_tokens"} <= found.keys() == own.keys()
+    for key, update in found.items():
+        torch.testing.assert_close(update.matrix, own[key].matrix, rtol=0, atol=0)
+    assert found["model.embed_tokens"].shape == (16, 61)
+    want = logits_of(model.eval(), name)
+    torch.testing.assert_close(logits_of(attach(build(name), found), name), want, rtol=1e-5, atol=1e-6)
+    half = logits_of(attach(build(name), compress(linear([found, found], [0.5, 0.5]), 3)), name)
+    torch.testing.assert_close(half, want, rtol=1e-4, atol=1e-5)
+
+
+EXPERTS_BY_PEFT = {
+    "both, the later one first": ("mixtral", ["experts.down_proj", "experts.gate_up_proj"], {}),
+    "stored the other way round": ("gpt-oss", ["experts.gate_up_proj", "experts.down_proj"], {}),
+    "without saying so": ("llama4", ["experts.gate_up_proj", "experts.down_proj"], {}),
+    "one": ("gpt-oss", ["down_proj"], {}),
+    "ranks": ("olmoe", ["experts.gate_up_proj", "experts.down_proj"], {"rank_pattern": {"gate_up_proj": 5}}),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS_BY_PEFT)
+def test_experts_in_pefts_files_are_told_apart_without_their_model(tmp_path, case):
+    name, parameters, more = EXPERTS_BY_PEFT[case]
+    theirs = peft_model(build(name), r=2, target_modules=["q_proj"], target_parameters=parameters, **more)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    found, own = read_updates(tmp_path), read_updates(lorakit.load_adapter(build(name), tmp_path))
+    assert found.keys() == own.keys()
+    assert {key.rsplit(".", 1)[-1] for key in found} == {"q_proj", *(each.rsplit(".", 1)[-1] for each in parameters)}
+    for key, update in found.items():
+        torch.testing.assert_close(update.matrix, own[key].matrix, rtol=0, atol=0)
+
+
+def test_a_parameter_that_may_be_a_layer_is_left_to_the_model(tmp_path):
+    model = lorakit.inject(build("qwen3-moe"), 2, 4, targets=["q_proj"], target_parameters=["gate.weight"])
+    lorakit.save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match=r"got 'model.layers.0.mlp.gate'.*read_updates\(load_adapter\(model, folder"):
+        read_updates(tmp_path)
+    assert "model.layers.0.mlp.gate.weight" in read_updates(lorakit.load_adapter(build("qwen3-moe"), tmp_path))
 
 
 def test_a_sum_is_served_beside_its_parts(two):
@@ -288,9 +341,7 @@ def test_experts_add_up_and_shrink_one_by_one(name, tmp_path):
         assert torch.linalg.matrix_rank(close.matrix[e], rtol=1e-4) == 3
     assert ties([first, second], [1, 1], 0.5, rank=2)[expert].shape == first[expert].shape
     lorakit.save_adapter(both, tmp_path)
-    with pytest.raises(ValueError, match=r"read_updates\(load_adapter\(model, folder\)\)"):
-        read_updates(tmp_path)
-    again = attach(copy.deepcopy(plain), read_updates(lorakit.load_adapter(copy.deepcopy(plain), tmp_path)))
+    again = attach(copy.deepcopy(plain), read_updates(tmp_path))
     torch.testing.assert_close(logits_of(again, name), logits_of(both, name), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="expected an update of shape"):
         attach(build("llama4"), {"model.layers.1.feed_forward.experts.down_proj": first[expert]})

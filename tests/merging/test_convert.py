@@ -16,6 +16,7 @@ import lorakit
 from lorakit import AdapterError, cli
 from lorakit.layers.bases import dense_weight
 from lorakit.merging.convert import CERTIFICATE, convert_adapter
+from lorakit.merging.updates import read_updates
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SMALL = {"target_modules": TARGETS, "r": 2}
@@ -136,6 +137,38 @@ def test_lorakits_own_adapters_are_converted_without_peft(tmp_path, monkeypatch,
         dW = dense_weight(merged, torch.float32) - dense_weight(plain, torch.float32)
         error = (layers[each.name].delta_weight() - dW).norm() / dW.norm()
         assert error.square().item() == pytest.approx(1 - each.energy, abs=1e-4)
+
+
+WEIGHTS = {
+    "experts": ("mixtral", {"targets": "all-linear", "rank_pattern": {"gate_up_proj": 4}}),
+    "both ends": ("llama", {"targets": ["embed_tokens", "lm_head", "q_proj"]}),
+    "one for both ends": ("llama-biased-tied", {"targets": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_experts_and_both_ends_are_converted(tmp_path, monkeypatch, case):
+    name, settings = WEIGHTS[case]
+    monkeypatch.setattr("lorakit.merging.convert.load_model", lambda base: (build(name), None))
+    model = lorakit.inject(build(name), lorakit.LoRAConfig(3, 6, **settings))
+    randomise(model)
+    lorakit.save_adapter(model, tmp_path / "adapter")
+    whole = convert_adapter(tmp_path / "adapter", tmp_path, tmp_path / "whole", rank=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "whole").eval()
+    torch.testing.assert_close(logits_of(theirs, name), logits_of(model, name), rtol=0, atol=1e-5)
+    assert whole.energy == pytest.approx(1)
+    cut = convert_adapter(tmp_path / "adapter", tmp_path, tmp_path / "cut", energy=0.6)
+    before, after = read_updates(model), read_updates(tmp_path / "cut")
+    assert {each.name for each in cut.layers} == before.keys() == after.keys()
+    for each in cut.layers:
+        dW = before[each.name].matrix
+        share = 1 - ((after[each.name].matrix - dW).norm() / dW.norm()) ** 2
+        assert each.energy == pytest.approx(share.item(), abs=1e-4)
+        assert each.energy >= 0.6
+        assert each.norm == pytest.approx(dW.norm().item(), rel=1e-5)
+    assert cut.energy < 1
 
 
 def test_the_certificate_says_what_is_true(base, tmp_path, capsys):

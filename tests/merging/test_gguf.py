@@ -8,9 +8,12 @@ import gguf
 import pytest
 import torch
 import transformers
-from helpers.architectures import CONFIGS, build
+from helpers.architectures import CONFIGS, build, logits_of
+from helpers.parity import randomise
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lorakit
+from lorakit.merging.export import export_merged
 from lorakit.merging.gguf import _turned, write_gguf, write_lora_gguf
 from lorakit.merging.updates import Update, read_updates
 
@@ -86,6 +89,58 @@ def test_an_adapter_is_written_with_its_scale_and_the_order_of_its_base(folder, 
     assert fields["general.type"].contents() == "adapter"
 
 
+ENDS = {
+    "both": {"targets": ["embed_tokens", "lm_head", "q_proj"]},
+    "one for both": {"targets": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "the input": {"targets": ["embed_tokens", "q_proj"]},
+    "the output": {"targets": ["lm_head", "q_proj"]},
+    "a whole head": {"targets": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "rows": {"targets": ["q_proj"], "trainable_token_indices": [5, 7]},
+}
+
+
+def test_llama_cpp_looks_tokens_up_in_an_embeddings_first_factor(tmp_path):
+    build("llama").save_pretrained(tmp_path / "llama")
+    model = lorakit.inject(build("llama"), 2, 4, targets=["embed_tokens", "lm_head"])
+    randomise(model)
+    found = tensors(write_lora_gguf(read_updates(model), tmp_path / "llama", tmp_path / "adapter.gguf"))
+    merged = lorakit.merge(model).get_input_embeddings().weight - build("llama").get_input_embeddings().weight
+    A, B = (found[f"token_embd.weight.lora_{x}"] for x in "ab")
+    assert A.shape == (61, 2)
+    torch.testing.assert_close(A @ B.T, merged)
+    assert found["output.weight.lora_a"].shape == (2, 16)
+
+
+def bytes_only(size):
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = sorted(split.alphabet())[:size]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = split
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ends", ENDS)
+def test_both_ends_come_back_from_an_exported_models_file(tmp_path, ends, tied):
+    config = CONFIGS["llama"]()
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    bytes_only(config.vocab_size).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    lorakit.inject(model, lorakit.LoRAConfig(2, 4, **ENDS[ends]))
+    randomise(model)
+    lorakit.save_adapter(model, tmp_path / "adapter")
+    want = logits_of(model.eval(), "llama")
+    export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    path = write_gguf(tmp_path / "out", tmp_path / "model.gguf")
+    for again in (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32),
+    ):
+        torch.testing.assert_close(logits_of(again.eval(), "llama"), want, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_of_queries_and_keys_are_put_in_pairs():
     config = CONFIGS["llama"]()
     rows = torch.arange(16.0)[:, None] * torch.ones(16, 3)
@@ -118,8 +173,9 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_lost(tmp_path):
         write_gguf(tmp_path, path)
     with pytest.raises(ValueError, match="no place"):
         write_lora_gguf({"model.layers.7.self_attn.q_proj": update.popitem()[1]}, tmp_path / "llama", path)
-    with pytest.raises(ValueError, match="no place"):
-        write_lora_gguf({"lm_head": Update(torch.ones(61, 2), torch.ones(2, 16))}, tmp_path / "llama", path)
+    for name in ("lm_head", "model.embed_tokens"):
+        with pytest.raises(ValueError, match=f"expected weights that no other layer has, got '{name}'"):
+            write_lora_gguf({name: Update(torch.ones(61, 2), torch.ones(2, 16))}, tmp_path / "llama", path)
     with pytest.raises(ValueError, match="blocks of 32"):
         write_lora_gguf({"lm_head": Update(torch.ones(61, 2), torch.ones(2, 16))}, _untied(tmp_path), path, "Q8_0")
     assert not path.exists()

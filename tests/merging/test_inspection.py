@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lorakit
 from lorakit import cli
+from lorakit.experiments.adapter_figure import draw_adapter
+from lorakit.layers.lowrank import effective_rank
 from lorakit.layers.nf4 import dequantize, quantize
 from lorakit.merging import against_base, serving
 from lorakit.merging.against_base import compare_with_base
@@ -238,14 +240,33 @@ def test_an_adapter_that_needs_a_changed_base_is_pefts_alone(start, able):
     assert [each.able for each in serving.served_by(file, [4], [2.0], [])] == [True, able, able]
 
 
-def test_experts_are_told_apart_from_layers(tmp_path):
-    model = lorakit.inject(build("deepseek-v3"), 2, 4, rank_pattern={"shared_experts.*": 3, "experts.*": 1})
+def test_experts_are_told_one_by_one(tmp_path, monkeypatch):
+    base = build("deepseek-v3")
+    base.save_pretrained(tmp_path / "base")
+    model = lorakit.inject(copy.deepcopy(base), 2, 4, rank_pattern={"shared_experts.*": 3, "experts.*": 4})
     randomise(model)
-    found = inspect_adapter(lorakit.save_adapter(model, tmp_path))
+    experts = lorakit.adapters(model)["model.layers.1.mlp.experts"]
+    experts.B["down_proj"].data[2] = 0  # one that no token of the training has met
+    found = inspect_adapter(lorakit.save_adapter(model, tmp_path / "adapter"))
     assert {each.rank for each in found.layers if "shared" in each.name} == {3}
-    assert not [each.name for each in found.layers if each.name.endswith("mlp.experts")]
-    assert {part.kind for part in found.extra} == {"factors of experts"}
-    assert found.problems == ()
+    assert (found.extra, found.problems, found.idle) == ((), (), ["model.layers.1.mlp.experts.down_proj[2]"])
+    own = {each.name: each for each in found.layers if each.expert is not None}
+    assert len(own) == 2 * 4
+    monkeypatch.setattr(against_base, "load_model", lambda folder: (base, None))
+    against = {each.name: each for each in compare_with_base(found, tmp_path / "base", k=0).layers}
+    for key in ("gate_up_proj", "down_proj"):
+        for e, dW in enumerate(experts.delta_weight(key).detach().double()):
+            name = f"model.layers.1.mlp.experts.{key}[{e}]"
+            values = torch.linalg.svdvals(dW)
+            assert (own[name].kind, own[name].rank, own[name].shape) == (f"experts.{key}", 4, tuple(dW.shape))
+            assert own[name].norm == pytest.approx(dW.norm().item(), rel=1e-5)
+            assert own[name].effective_rank == pytest.approx(effective_rank(values) if dW.any() else 0, rel=1e-4)
+            assert against[name].weight_norm == pytest.approx(experts.base.get_parameter(key)[e].norm().item())
+    figure = draw_adapter(found)
+    (line,) = (line for line in figure.axes[0].lines if line.get_label() == "experts.gate_up_proj")
+    assert line.get_ydata()[0] == pytest.approx(experts.delta_weight("gate_up_proj").norm().item(), rel=1e-5)
+    text = describe(found)
+    assert "1 of 24 layers do nothing (zero update): model.layers.1.mlp.experts.down_proj[2]" in text
     words = {each.engine: each.reason for each in found.served if not each.able}
     assert "is_3d_moe_weight" in words["vLLM"]
     assert "experts are parameters" in words["llama.cpp"]
