@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._paths import as_path
+from lorakit._suggest import near_names
 from lorakit.layers.adapter import own_parameters
 from lorakit.layers.bases import is_conv1d
 from lorakit.layers.config import PLAIN, LoRAConfig
 from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import checked_scale, scale_of
+from lorakit.layers.named_adapters import NamedAdapters
 from lorakit.models.beside import BESIDE, Make, beside_keys, beside_settings, check_beside, is_inside, plan
 from lorakit.models.expert_files import named_by_weight, settings_of, short_names
 from lorakit.models.file_layers import PREFIX, base_tensors, by_layer, chosen_by, factor_shapes, own_name, parameters_of
@@ -37,7 +39,7 @@ from lorakit.models.vocabulary import check_vocabulary, embedding_tensors, is_re
 BY_LAYER = ("r", "lora_alpha", "use_rslora", "lora_dropout")  # settings that may differ between a file's layers
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
     """Writes the adapters of a model as PEFT would, each file atomically.
 
     Args:
@@ -47,18 +49,30 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
             rank, which fits the base as it was before; a layer of the reader's own under its name, which PEFT refuses.
             If the vocabulary is not that of the base that the model was loaded from, both embeddings are written, too.
         folder: made if missing; other files in it are kept.
+        name: which one, of a model with named adapters.
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: no adapters, some that do not say it, or of several kinds; values that are not finite; further
-            trainable parameters, which the files could not hold; or a process's share of an adapter in place of all.
+        ValueError: no adapters, none of that name, some that do not say it, or of several kinds; values that are not
+            finite; further trainable parameters, which the files could not hold; or a process's share of an adapter.
     """
     size = vocabulary(model)
     folder = as_path("an adapter's folder", folder)
-    write_adapter(folder, *as_file(model), {} if size is None else {VOCABULARY: str(size)})
+    write_adapter(folder, *as_file(model, _of_name(model, name)), {} if size is None else {VOCABULARY: str(size)})
     return folder
+
+
+def _of_name(model: nn.Module, name: str | None) -> dict[str, Any] | None:
+    """The layers of a named adapter; None of a model without names."""
+    present = {key: each for key, each in adapters(model).items() if isinstance(each, NamedAdapters)}
+    known = list(dict.fromkeys(each for layer in present.values() for each in layer.names))
+    if name is None and not known:
+        return None
+    if name not in known:
+        raise ValueError(f"expected the name of one of the model's adapters, {near_names(name, known)}")
+    return {key: each.get(name) for key, each in present.items() if name in each.names}
 
 
 def as_file(model: nn.Module, layers: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from helpers.hybrids import HYBRIDS
 from helpers.layers import Gated
 from helpers.parity import randomise, snapshot, unchanged
 from helpers.texts import TOKENIZER
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -420,6 +421,28 @@ def test_what_cannot_be_meant_is_refused_and_changes_nothing(case):
     assert list(named_adapters(model)) == names
     with using_adapters(model, None):
         assert torch.equal(logits_of(model, "llama"), logits_of(build("llama"), "llama"))
+
+
+def test_one_of_several_is_saved_by_its_name(tmp_path):
+    base = build("llama")
+    for seed, (name, settings) in enumerate({"sql": {}, "json": {"targets": ["q_proj"]}}.items()):
+        model = lorakit.inject(copy.deepcopy(base), 3, 6, **settings)
+        randomise(model, seed)
+        lorakit.save_adapter(model, tmp_path / name)
+    model = with_both(base, tmp_path)
+    for name in ("sql", "json"):
+        folder = lorakit.save_adapter(model, tmp_path / "again" / name, name)
+        tensors, there = (load_file(each / "adapter_model.safetensors") for each in (folder, tmp_path / name))
+        assert tensors.keys() == there.keys()
+        assert all(torch.equal(tensors[key], there[key]) for key in there)
+        settings = "adapter_config.json"
+        assert (folder / settings).read_bytes() == (tmp_path / name / settings).read_bytes()
+    for name in (None, "sqll"):
+        with pytest.raises(ValueError, match="expected the name of one of the model's adapters"):
+            lorakit.save_adapter(model, tmp_path / "none", name)
+    with pytest.raises(ValueError, match="got 'sql'; known: none"):
+        lorakit.save_adapter(lorakit.inject(build("llama"), 3, 6), tmp_path / "none", "sql")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_model_without_named_adapters_says_how_to_get_them(tmp_path):

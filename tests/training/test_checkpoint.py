@@ -1,5 +1,6 @@
 """A training that was killed goes on to the same bits, or says why it cannot."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import pytest
 import torch
 from helpers import killed
 from helpers.architectures import build
+from helpers.four_bits import LLAMA
 from helpers.parity import snapshot, unchanged
 from helpers.texts import UNEVEN, examples
+from transformers import LlamaForCausalLM
 
-from lorakit import fit, inject
+from lorakit import LoRAConfig, fit, inject, quantize_model
 from lorakit.speed import accelerated
 from lorakit.speed.decision import Decision
 from lorakit.training import fit as fitting
@@ -82,6 +85,42 @@ def test_adapters_go_on_and_a_finished_training_is_not_made_again(tmp_path):
     (tmp_path / "killed" / f".step-00000008.pt.{'0' * 32}.lorakit.tmp").mkdir()  # killed behind its last rename
     train(tmp_path / "killed", stop=8)
     assert files(tmp_path / "killed") == ["step-00000006.pt", "step-00000008.pt"]
+
+
+REAL = {  # architecture, config, settings of the training
+    "NF4": ("wide", LoRAConfig(4, 8, dropout=0.2), {}),
+    "bfloat16": ("bfloat16", LoRAConfig(4, 8, dropout=0.2), {}),
+    "another optimiser": ("llama", LoRAConfig(4, 8, dropout=0.2), {"optimizer": torch.optim.NAdam}),
+    "factored": ("llama", LoRAConfig(4, 8), {"optimizer": torch.optim.Adafactor, "accumulate": 3}),
+    "experts": ("mixtral", LoRAConfig(3, 6), {"optimizer": lambda groups: torch.optim.SGD(groups, momentum=0.9)}),
+    "rows": ("llama-biased-tied", LoRAConfig(3, 6, trainable_token_indices=[5, 7], modules_to_save=["norm"]), {}),
+}
+
+
+def real(kind, config):
+    if kind in ("wide", "bfloat16"):
+        torch.manual_seed(0)
+        plain = LlamaForCausalLM(copy.deepcopy(LLAMA)).to(torch.float32 if kind == "wide" else torch.bfloat16)
+        return inject(quantize_model(plain) if kind == "wide" else plain, config)
+    return inject(build(kind), config)
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_real_configurations_go_on_to_the_same_bits(tmp_path, case):
+    kind, config, settings = REAL[case]
+    found = []
+    for folder, stop in (("whole", None), ("killed", 5), ("killed", None)):
+        torch.manual_seed(0)
+        model = real(kind, config)
+        trained = train(tmp_path / folder, stop, model, validation=examples(3), validate_every=3, **settings)
+        assert (trained is None) == (stop is not None)
+        if trained is not None:
+            state = torch.load(tmp_path / folder / files(tmp_path / folder)[-1], weights_only=True)
+            kept = {key: state["history"][key] for key in ("loss", "lr", "tokens", "validation", "best")}
+            found.append((snapshot(model), digest([state["weights"], state["optimizer"], state["random"], kept])))
+    (weights, rest), (again, rest_again) = found
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+    assert rest == rest_again
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign"])
