@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(two, tmp_path):
     with pytest.raises(ValueError, match="expected rank as an integer >= 1"):
         compress(own[0], 0)
     for density, rank in ((0, 2), (1.5, 2), (0.5, 0)):
-        with pytest.raises(ValueError, match="expected (density|rank)"):
+        with pytest.raises(ValueError, match=r"expected (density|rank)"):
             ties(own, [1, 1], density, rank)
     with pytest.raises(ValueError, match="expected adapters, got none"):
         read_updates(base)
