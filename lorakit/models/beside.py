@@ -197,6 +197,12 @@ def _is_shared(family: list[str], lora: Mapping[str, Make], beside: Mapping[str,
         return False
     if len(set(ways.values())) > 1 and config.ensure_weight_tying:
         raise ValueError(f"expected one way to train {' and '.join(ways)} with ensure_weight_tying, got several")
+    scales = {name: config.at(name) for name in family}
+    if config.ensure_weight_tying and "LoRA" in ways.values() and len(set(scales.values())) > 1:
+        raise ValueError(
+            "expected one rank and one alpha with ensure_weight_tying, from rank_pattern and alpha_pattern for each of "
+            f"{' and '.join(family)}, got {scales}"
+        )
     return len(set(ways.values())) == 1 and (family[0] in ways or not isinstance(next(iter(ways.values())), tuple))
 
 

@@ -20,6 +20,7 @@ from lorakit.layers.config import PLAIN, LoRAConfig
 from lorakit.layers.experts import LoRAExperts
 from lorakit.layers.lora import checked_scale, scale_of
 from lorakit.layers.named_adapters import NamedAdapters
+from lorakit.layers.tied import Tied
 from lorakit.models.beside import BESIDE, Make, beside_keys, beside_settings, check_beside, is_inside, plan
 from lorakit.models.expert_files import named_by_weight, settings_of, short_names
 from lorakit.models.file_layers import PREFIX, base_tensors, by_layer, chosen_by, factor_shapes, own_name, parameters_of
@@ -97,6 +98,10 @@ def as_file(model: nn.Module, layers: Mapping[str, Any] | None = None) -> tuple[
     if not lora:
         raise ValueError("expected a model with adapters, got a plain one")
     config = _config(model, lora) | beside_settings(model, layers)
+    for name, layer in layers.items():
+        for pattern in (config["rank_pattern"], config["alpha_pattern"]) if isinstance(layer, Tied) else ():
+            of = next((re.escape(key) for key, each in lora.items() if each is layer.source), "")
+            pattern |= {re.escape(name): pattern[of]} if of in pattern else {}  # PEFT scales each end by its own name
     for name, layer in layers.items():
         ranks = {k.removeprefix(f"{name}."): own["r"] for k, own in settings_of(name, layer).items() if name in lora}
         wanted = factor_shapes(layer.base, ranks, isinstance(layer, LoRAExperts)) if name in lora else {}

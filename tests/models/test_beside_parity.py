@@ -10,13 +10,14 @@ from helpers.four_bits import by_bitsandbytes, llama_folder  # noqa: F401
 from helpers.heads import build_head, scores_of
 from helpers.parity import gradients_of, peft_model, randomise, relative
 
-from lorakit import LoRAConfig, count, inject, load_adapter, merge, save_adapter
+from lorakit import AdapterError, LoRAConfig, count, inject, load_adapter, merge, save_adapter
 
 QV, TIED, UNTIED = ["q_proj", "v_proj"], "llama-biased-tied", "llama"
 LANGUAGE = {name: (partial(build, name), partial(logits_of, name=name)) for name in (TIED, UNTIED, "gpt2", "t5", "opt")}
 HEADS = {f"{n} with a head": (partial(build_head, n), partial(scores_of, name=n)) for n in ("bert", "vit", "llama")}
 MODELS = LANGUAGE | HEADS | {"whisper": (partial(build_head, "whisper"), partial(scores_of, name="whisper"))}
 
+BOTH_ENDS = {"embed_tokens": 3, "lm_head": 3}
 CASES = [
     ("bert with a head", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
     ("bert with a head", {"target_modules": "all-linear", "modules_to_save": ["classifier", "score", "pooler"]}),
@@ -37,6 +38,7 @@ CASES = [
     (TIED, {"target_modules": [*QV, "embed_tokens"]}),
     (TIED, {"target_modules": [*QV, "lm_head"]}),
     (TIED, {"target_modules": [*QV, "lm_head"], "ensure_weight_tying": True}),
+    (TIED, {"target_modules": [*QV, "embed_tokens"], "ensure_weight_tying": True, "rank_pattern": BOTH_ENDS}),
     ("gpt2", {"target_modules": ["c_attn", "wte"], "modules_to_save": ["ln_f"]}),
     ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 3]}),
     ("opt", {"target_modules": QV, "trainable_token_indices": [5, 3, 0]}),
@@ -107,3 +109,16 @@ def test_beside_four_bits_it_is_pefts_too(settings, llama_folder, tmp_path):  # 
     mine, yours = (gradients_of(model, model(tokens).logits) for model in (ours, theirs))
     assert set(mine) == set(yours)
     assert max(relative(mine[key], yours[key]) for key in mine) < 5e-5
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_tied_ends_have_one_scale(pattern, tmp_path):
+    """PEFT scales each by the pattern for its own name, so that one pattern alone means two changes of one weight."""
+    settings = {"target_modules": [*QV, "embed_tokens"], "ensure_weight_tying": True, pattern: {"embed_tokens": 3}}
+    _, theirs, _ = both(TIED, settings)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"expected one rank and one alpha with ensure_weight_tying, from"):
+        load_adapter(MODELS[TIED][0](), tmp_path)
+    config = LoRAConfig(2, 4, targets=settings["target_modules"], ensure_weight_tying=True, **{pattern: {"lm_head": 3}})
+    with pytest.raises(ValueError, match=r"expected one rank and one alpha with ensure_weight_tying, from"):
+        inject(MODELS[TIED][0](), config)
