@@ -14,10 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit._optional import need, quiet
 from lorakit._words import one_line
-from lorakit.cost.ledger import Ledger
+from lorakit.cost.ledger import Ledger, aten
 from lorakit.layers.bases import linear_shape
 from lorakit.layers.fused import frozen_linear
 from lorakit.layers.lora import LoRALinear
@@ -154,8 +155,23 @@ def quantize(model: nn.Module, bits: int, double_quant: bool = True) -> None:
 def _fake() -> Iterator[None]:
     """All that is made inside is fake. Rows are taken for one text each, which a look at their positions would show."""
     look = mock.patch("transformers.masking_utils.find_packed_sequence_indices", _see_one_text, create=True)
-    with quiet(), look, FakeTensorMode(), torch.device("cpu"), torch.enable_grad():
+    with quiet(), look, FakeTensorMode(), _Experts(), torch.device("cpu"), torch.enable_grad():
         yield
+
+
+class _Experts(TorchDispatchMode):
+    """Gives experts' products their shapes in any dtype: torch has them for bfloat16 alone, its CPU kernel all."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket is not aten._grouped_mm or args[0].dtype == torch.bfloat16:
+            return func(*args, **kwargs)
+        a, b, offs = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
+        if (
+            a.ndim == b.ndim == 2
+        ):  # a gradient of the experts: (d_in, tokens) times (tokens, d_out), in groups of tokens
+            return a.new_empty(len(offs), a.shape[0], b.shape[1])
+        return a.new_empty(*a.shape[:-1], b.shape[-1])  # (tokens, d_in) times (experts, d_in, d_out)
 
 
 def _see_one_text(position_ids: Tensor) -> None:
