@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from lorakit import adapters, inject, load_adapter, save_adapter
+from lorakit.merging.inspection import inspect_adapter
+from lorakit.merging.inspection_report import as_record, describe
 from lorakit.merging.updates import read_updates
 from lorakit.models.peft_files import CONFIG, WEIGHTS
 
@@ -149,6 +151,12 @@ def tried(load, source):
     return found
 
 
+def inspected(source):
+    """What `lorakit inspect` says, as text and as JSON."""
+    found = inspect_adapter(source)
+    return describe(found), json.dumps(as_record(found))
+
+
 def test_adapters(files):
     folder, tensors, config = files
     for draw in rounds("adapters"):
@@ -169,6 +177,7 @@ def test_adapters(files):
         before, trains = snapshot(model), [p.requires_grad for p in model.parameters()]
         found = tried(lambda source, model=model: load_adapter(model, source), folder)
         updates = tried(read_updates, folder)
+        tried(inspected, folder)
         if isinstance(found, str):
             assert unchanged(model, before), found
             assert [p.requires_grad for p in model.parameters()] == trains, found

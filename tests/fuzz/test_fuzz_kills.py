@@ -170,6 +170,7 @@ def test_checkpoints_of_a_training(tmp_path):
             model = act()
             assert all(torch.equal(model[key], whole[key]) for key in whole)
             shutil.rmtree(tmp_path)
+            tmp_path.mkdir()  # a kill may come before a training makes it
 
     kill_often("checkpoint", act, check)
 
