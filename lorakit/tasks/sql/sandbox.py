@@ -10,7 +10,8 @@ A language model writes the query, so it may be anything. Four fences, from the 
    the length of a value, so that no single step is long and the steps together cannot fill the memory;
 4. the answer: a number of rows and of bytes.
 
-Each call builds its own copy in memory and drops it: nothing outlives a query, and threads share nothing.
+Each call builds its own copy in memory and drops it: nothing outlives a query, and threads share nothing. This file
+needs the standard library alone, so that it can run in a process that has little memory.
 """
 
 import re
@@ -18,9 +19,6 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-
-from lorakit._numbers import check_integer
-from lorakit._words import short
 
 Value = str | int | float | bytes | None
 
@@ -154,9 +152,10 @@ def run_query(
         ValueError: the database is none, or a limit no integer above 0.
     """
     if not isinstance(database, Database):
-        raise ValueError(f"expected a Database, got {short(database)}")
+        raise ValueError(f"expected a Database, got {type(database).__name__}")
     for name, limit in (("max_rows", max_rows), ("max_bytes", max_bytes), ("max_steps", max_steps)):
-        check_integer(name, limit, most=2**31 - 1)  # which sqlite counts to
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 0 < limit < 2**31:  # which sqlite counts to
+            raise ValueError(f"expected {name} as an integer from 1 to {2**31 - 1}, got {limit!r}")
     text, read = _checked(query), set[str]()
     with closing(_open(database, max_steps, read)) as connection:
         try:
