@@ -69,7 +69,7 @@ def find_config(model: Any) -> tuple[str, Any]:
     transformers = need("transformers")
     if isinstance(model, transformers.PreTrainedConfig):
         name, config = model.model_type, copy.deepcopy(model)
-    elif as_path("a model's config, or its name,", model) and os.fspath(model) in PUBLISHED:
+    elif as_path("a model's config (or its name)", model) and os.fspath(model) in PUBLISHED:
         name, config = model, transformers.AutoConfig.for_model(**PUBLISHED[model])
     else:
         name, config = _read(os.fspath(model), isinstance(model, Path))

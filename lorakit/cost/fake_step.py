@@ -167,9 +167,7 @@ class _Experts(TorchDispatchMode):
         if func._overloadpacket is not aten._grouped_mm or args[0].dtype == torch.bfloat16:
             return func(*args, **kwargs)
         a, b, offs = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
-        if (
-            a.ndim == b.ndim == 2
-        ):  # a gradient of the experts: (d_in, tokens) times (tokens, d_out), in groups of tokens
+        if a.ndim == b.ndim == 2:  # the experts' gradient: (d_in, tokens) times (tokens, d_out), by groups of tokens
             return a.new_empty(len(offs), a.shape[0], b.shape[1])
         return a.new_empty(*a.shape[:-1], b.shape[-1])  # (tokens, d_in) times (experts, d_in, d_out)
 

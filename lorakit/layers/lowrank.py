@@ -140,9 +140,7 @@ def amplification(weight: Float[Tensor, "d_out d_in"], delta: Float[Tensor, "d_o
     return delta.norm().item() / inside
 
 
-def factored_singular_values(
-    B: Float[Tensor, "*stack d_out rank"], A: Float[Tensor, "*stack rank d_in"]
-) -> Float[Tensor, "*stack n"]:
+def factored_singular_values(B: Float[Tensor, "d_out rank"], A: Float[Tensor, "rank d_in"]) -> Float[Tensor, " n"]:
     """The singular values of `B A` in falling order, float64, without the product: those of `R_B R_A'`.
 
     `B = Q_B R_B` and `A' = Q_A R_A` have orthonormal Qs: the values are those of a matrix of at most rank x rank.
@@ -152,8 +150,8 @@ def factored_singular_values(
         B, A: finite, of any floating dtype.
     """
     R_B = torch.linalg.qr(B.detach().double(), mode="r").R  # (min(d_out, rank), rank)
-    R_A = torch.linalg.qr(A.detach().double().mT, mode="r").R  # (min(d_in, rank), rank)
-    return torch.linalg.svdvals(R_B @ R_A.mT)
+    R_A = torch.linalg.qr(A.detach().double().T, mode="r").R  # (min(d_in, rank), rank)
+    return torch.linalg.svdvals(R_B @ R_A.T)
 
 
 def factored_svd(

@@ -197,7 +197,7 @@ def _smallest_rank(energies: Tensor, energy: float) -> int:
 
 
 def _divergence(original: Any, other: Any, examples: Sequence[Example]) -> float:
-    """From the original to the other, in nats a token."""
+    """From the original to the other, in nats a token; its own predictions are made anew, as they would fill memory."""
     total, tokens = 0.0, 0
     for start in range(0, len(examples), AT_A_TIME):
         batch = examples[start : start + AT_A_TIME]

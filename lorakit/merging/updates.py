@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,9 +77,7 @@ def read_updates(source: nn.Module | str | os.PathLike) -> dict[str, Update]:
         ValueError: there are no adapters, or of another kind, such as DoRA's, whose change depends on the weight, or a
             folder does not say which parameter its factors are of; `load_adapter(model, folder)` knows.
     """
-    found = (
-        _from_model(source) if isinstance(source, nn.Module) else _from_folder(as_path("an adapter's folder", source))
-    )
+    found = _from_model(source) if isinstance(source, nn.Module) else _from_folder(source)
     if not found:
         raise ValueError("expected adapters, got none")
     return _updates(found)
@@ -198,8 +195,8 @@ def _names(embedding: bool) -> tuple[str, str]:
     return EMBEDDING_FACTORS if embedding else FACTORS
 
 
-def _from_folder(folder: Path) -> dict[str, Factors]:
-    entries: dict[str, _Entry] = {}
+def _from_folder(source: str | os.PathLike) -> dict[str, Factors]:
+    folder, entries = as_path("an adapter's folder", source), dict[str, _Entry]()
 
     def check(header: dict[str, Tensor], file: dict[str, Any], _: dict[str, str]) -> None:
         if file.get("use_dora"):

@@ -14,9 +14,9 @@ from lorakit.layers.adapter import Adapter
 from lorakit.layers.experts import INNER, LoRAExperts
 from lorakit.models.targets import find_experts, is_named, plain_modules
 
+PAIR = ("gate_up_proj", "down_proj")  # a mixture's weights in transformers 5
 # Where a model has experts, PEFT takes a target of this name for theirs in transformers 4 (its
 # `_MOE_TARGET_MODULE_MAPPING`), so that a shared expert's layer can only be named as the parameter that its weight is.
-PAIR = ("gate_up_proj", "down_proj")  # a mixture's weights in transformers 5
 TAKEN = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 
@@ -68,11 +68,11 @@ def told_by_file(
     inside: dict[str, list[str]] = {}
     for entry in shapes:
         inside.setdefault(in_module(entry, "")[0], []).append(entry)
+    last = [(target.rsplit(".", 1)[-1], target) for target in named]
     found: dict[str, tuple[str, str] | None] = {}
     for module, entries in inside.items():
         if is_layer(module):
             continue
-        last = [(target.rsplit(".", 1)[-1], target) for target in named]
         own = {parameter for parameter, target in last if is_named(f"{module}.{parameter}", target)}
         orders = permutations(entries) if len(own) == len(entries) <= len(PAIR) else ()
         pairs = [dict(zip(sorted(own), order, strict=True)) for order in orders]

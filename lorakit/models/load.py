@@ -94,7 +94,7 @@ def check_causal(config: Any, name: str) -> None:
 
 def _find_folder(name_or_path: str | os.PathLike) -> Path:
     """From a short name, a path or a hub id to a folder that holds a model."""
-    path = as_path("a model, or its name,", name_or_path).expanduser()
+    path = as_path("a model (or its name)", name_or_path).expanduser()
     name = os.fspath(name_or_path)
     if name in MODELS:
         return fetch_model(name)

@@ -98,10 +98,12 @@ def as_file(model: nn.Module, layers: Mapping[str, Any] | None = None) -> tuple[
     if not lora:
         raise ValueError("expected a model with adapters, got a plain one")
     config = _config(model, lora) | beside_settings(model, layers)
+    names = {id(layer): re.escape(name) for name, layer in lora.items()}
     for name, layer in layers.items():
-        for pattern in (config["rank_pattern"], config["alpha_pattern"]) if isinstance(layer, Tied) else ():
-            of = next((re.escape(key) for key, each in lora.items() if each is layer.source), "")
-            pattern |= {re.escape(name): pattern[of]} if of in pattern else {}  # PEFT scales each end by its own name
+        source = names.get(id(layer.source)) if isinstance(layer, Tied) else None
+        for pattern in (config["rank_pattern"], config["alpha_pattern"]):
+            if source in pattern:
+                pattern[re.escape(name)] = pattern[source]  # PEFT scales each end by the pattern for its own name
     for name, layer in layers.items():
         ranks = {k.removeprefix(f"{name}."): own["r"] for k, own in settings_of(name, layer).items() if name in lora}
         wanted = factor_shapes(layer.base, ranks, isinstance(layer, LoRAExperts)) if name in lora else {}

@@ -128,7 +128,7 @@ def load_tokenizer(model: str | os.PathLike) -> tuple[Any, int | None]:
     Raises:
         OSError, ValueError, ConnectionError: there is no tokenizer.
     """
-    as_path("a model with a tokenizer, or its name,", model)
+    as_path("a model with a tokenizer (or its name)", model)
     name = fetch_model(os.fspath(model)) if os.fspath(model) in MODELS else model
     transformers, limits = need("transformers"), []
     with quiet():

@@ -71,12 +71,7 @@ def _check_tokenised(examples: Any) -> None:
         raise ValueError(f"expected Examples, as encode() makes them, got {strange[0]}")
 
 
-def check_some(examples: Any) -> None:
-    """Refuses what is no list of Examples, or an empty one.
-
-    Raises:
-        ValueError: says what was expected.
-    """
+def _check_some(examples: Any) -> None:
     _check_tokenised(examples)
     if not len(examples):
         raise ValueError("expected at least one example, got none")
@@ -94,7 +89,7 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     Raises:
         ValueError: these are no examples, or none.
     """
-    check_some(examples)
+    _check_some(examples)
     longest = max(len(example.input_ids) for example in examples)
 
     def stack(rows: list[list[int]], filler: int) -> Tensor:
@@ -132,7 +127,7 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Bat
     Raises:
         ValueError: these are no examples, or none.
     """
-    check_some(examples)
+    _check_some(examples)
     rows = rows_of([len(example.input_ids) for example in examples])
     longest = max(len(example.input_ids) for example in examples)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}

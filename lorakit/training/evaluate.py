@@ -12,7 +12,7 @@ from lorakit._progress import Progress
 from lorakit._words import short
 from lorakit.layers.named_adapters import check_one_choice
 from lorakit.speed.accelerated import accelerated
-from lorakit.training.batch import IGNORE, Example, check_examples, check_some, collate
+from lorakit.training.batch import IGNORE, Example, check_examples, collate
 from lorakit.training.generate import _in_batches
 from lorakit.training.loss import labelled_logits
 
@@ -26,8 +26,9 @@ def log_probabilities(
     Memory: 4 bytes times vocabulary a labelled token. The model is left in the mode it was in.
     """
     check_integer("batch_size", batch_size)
-    check_some(examples)
     check_examples(model, examples)
+    if not len(examples):
+        raise ValueError("expected at least one example, got none")
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()

@@ -1,6 +1,7 @@
 """Whatever a public function is given, it says in a sentence what it expected."""
 
 import json
+import math
 from functools import partial
 
 import jaxtyping
@@ -100,6 +101,12 @@ CALLS = {
         build("llama"), torch.zeros(2, 2), [Spec(LoRAConfig(2, 4), 1e-3)], steps=1, show=False
     ),
     "fit steps, a tensor of two lines": lambda: fit(adapted("llama"), examples(2), steps=torch.zeros(2, 2), show=False),
+    "collate none": lambda: collate([]),
+    "pack none": lambda: pack([]),
+    "KL of NaN": lambda: evaluate.kl_divergence(torch.full((2, 3), math.nan), torch.zeros(2, 3)),
+    "KL of nothing": lambda: evaluate.kl_divergence(torch.zeros(0, 3), torch.zeros(0, 3)),
+    "budgets, none": lambda: table([]),
+    "a query of no rows": lambda: run_query(Database(()), "SELECT 1", max_rows=-1),
     "collate numbers": lambda: collate([1]),
     "pack a text": lambda: pack("abc"),
     "KL of other tokens": lambda: evaluate.kl_divergence(torch.zeros(2, 3), torch.zeros(3, 3)),

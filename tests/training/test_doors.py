@@ -30,9 +30,6 @@ from lorakit import (
     pissa_start,
     quantize_model,
 )
-from lorakit.cost.budget import table
-from lorakit.tasks.sql.sandbox import Database, run_query
-from lorakit.training.batch import collate, pack
 from lorakit.training.evaluate import kl_divergence, log_probabilities
 
 TEXTS, LONG, STRANGE = examples(4), [Example([3] * 33, [3] * 33)], [Example([3, 61], [3, 61])]
@@ -99,10 +96,6 @@ BAD = {
     "exact_match too long": lambda: exact_match(build("llama"), LONG, **QUIET),
     "exact_match unknown tokens": lambda: exact_match(build("llama"), STRANGE, **QUIET),
     "log_probabilities none": lambda: log_probabilities(build("llama"), []),
-    "collate none": lambda: collate([]),
-    "pack none": lambda: pack([]),
-    "KL of NaN": lambda: kl_divergence(torch.full((2, 3), NAN), torch.zeros(2, 3)),
-    "KL of nothing": lambda: kl_divergence(torch.zeros(0, 3), torch.zeros(0, 3)),
     "merge NaN": lambda: merge(with_nan()),
     "folded NaN": lambda: folded(with_nan()).__enter__(),
     "quantize NaN": lambda: quantize_model(rotten(build("llama"))),
@@ -113,12 +106,10 @@ BAD = {
     "dequantize to int8": lambda: dequantize_model(quantize_model(build("llama")), torch.int8),
     "budget rank True": lambda: budget(build("llama").config, rank=True),
     "budget tokens 0": lambda: budget(build("llama").config, tokens=0),
-    "budgets, none": lambda: table([]),
     "pissa rank 9": lambda: pissa_start(torch.randn(4, 4), 9, 1.0),
     "pissa scale 0": lambda: pissa_start(torch.randn(4, 4), 2, 0.0),
     "pissa NaN": lambda: pissa_start(torch.full((4, 4), NAN), 2, 1.0),
     "olora rank 0": lambda: olora_start(torch.randn(4, 4), 0, 1.0),
-    "a query of no rows": lambda: run_query(Database(()), "SELECT 1", max_rows=-1),
     "an example with a strange label": lambda: Example([3, 4], [3, -5]),
     "an example with an id of -100": lambda: Example([-100, 4], [3, 4]),
     "an example of truth values": lambda: Example([True, True], [True, True]),
