@@ -47,8 +47,9 @@ def test_exercises_are_whole(path):
         level, minutes = re.search(r"Difficulty (\d) of 3, about (\d+) minutes", task.source).groups()
         levels.append(int(level))
         assert 5 <= int(minutes) <= 30
-        for part in ("<details><summary>Hint</summary>\n\n", "\n\n</details>\n\n", "**Common mistake:** "):
-            assert part in task.source
+        fold = r"<details><summary>{}</summary>\n\n.+\n\n</details>"
+        folds = fold.format("Hint") + r"\n\n" + fold.format("Common mistake") + r"\Z"
+        assert re.search(folds, task.source, re.DOTALL), "expected a hint, then a common mistake, both folded"
         stub, check = nb.cells[nb.cells.index(task) + 1 :][:2]
         assert check.source.startswith("checks.check_")
         assert 3 <= len(stub.source.splitlines()) <= 20
