@@ -10,6 +10,7 @@ from lorakit.course import checks, exercises
 from lorakit.course.checks import CheckFailed
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+LESSONS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = exercises.find_solutions(NOTEBOOKS)
 EACH_CHECK = sorted(name for name in checks.__all__ if name.startswith("check_"))
 
@@ -35,8 +36,30 @@ def answers_of(nb):
             exec(cell.source, names)
 
 
+def turns_of(nb):
+    """Yields (name of the check, the stub, the folded solution) for every "your turn" of a lesson."""
+    for stub, turn, solution in zip(nb.cells, nb.cells[1:], nb.cells[2:], strict=False):
+        asked = re.fullmatch(r"checks\.your_turn\(checks\.(check_\w+), (\w+)\)", turn.source)
+        if asked:
+            folded = re.search(
+                r"<details><summary>Solution</summary>\n\n```python\n(.*?)```", solution.source, re.DOTALL
+            )
+            assert folded, f"{asked[1]}: expected a folded solution below the check"
+            yield asked[1], *(defined(source, asked[2]) for source in (stub.source, folded[1]))
+
+
+def defined(source, name):
+    names = {}
+    exec("import math\n\nimport torch\nfrom torch import nn\nfrom torch.nn import functional as F", names)
+    exec(source, names)
+    return names[name]
+
+
+TURNS = {check: both for path in LESSONS for check, *both in turns_of(read(path))}
 SOLVED = {check: answer for path in SOLUTIONS for check, answer in answers_of(read(path))}
+SOLVED |= {check: solution for check, (_, solution) in TURNS.items()}
 STUBS = {check: answer for path in SOLUTIONS for check, answer in answers_of(exercises.derive(read(path)))}
+STUBS |= {check: stub for check, (stub, _) in TURNS.items()}
 
 
 def changed(check, part, change):

@@ -1,6 +1,9 @@
-"""The checks of all exercises: `check_x(your_function)` prints "right", or says on which input it is wrong, and why."""
+"""The checks of all exercises: `check_x(your_function)` prints "right", or says on which input it is wrong, and why.
 
-from lorakit.course.checks.grading import CheckFailed
+`your_turn(check_x, your_function)` does so inside a lesson, which goes on whatever was written.
+"""
+
+from lorakit.course.checks.grading import CheckFailed, your_turn
 from lorakit.course.checks.lesson_01_low_rank import (
     check_balance,
     check_best_approximation,
@@ -86,4 +89,5 @@ __all__ = [
     "check_swap",
     "check_tradeoff",
     "check_verdict",
+    "your_turn",
 ]

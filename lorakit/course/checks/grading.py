@@ -4,6 +4,7 @@ import copy
 import linecache
 import operator
 import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,27 @@ class CheckFailed(AssertionError):
         return [f"CheckFailed: {self}"]
 
 
+class NotWritten(CheckFailed):
+    """The stub is still there: its line that raises NotImplementedError was reached."""
+
+
+def your_turn(check: Callable[[Any], None], answer: Any) -> None:
+    """Prints what a check says to what a reader wrote inside a lesson; the lesson goes on, whatever that is.
+
+    Args:
+        check: one of the checks.
+        answer: the reader's function or class; a stub that raises NotImplementedError is no fault.
+    """
+    try:
+        check(answer)
+    except NotWritten:
+        print("Nothing is written yet. Write it and run both cells again, or go on: the lesson does not need it.")
+    except CheckFailed as failed:
+        print(f"Not right yet. {failed}")
+    except (Exception, SystemExit) as error:  # the answer is something that the check did not foresee
+        print(f"Not right yet. It ended in {type(error).__name__}: {error}")
+
+
 def ask(function: Any, *inputs: Any, on: str) -> Any:
     """Returns what `function` answers to copies of `inputs`; whatever goes wrong on the way becomes a CheckFailed.
 
@@ -30,7 +52,8 @@ def ask(function: Any, *inputs: Any, on: str) -> Any:
         on: the input in words, with which every message begins.
 
     Raises:
-        CheckFailed: not a function, not written yet, an exception inside it, no result, or an input was changed.
+        CheckFailed: not a function, an exception inside it, no result, or an input was changed.
+        NotWritten: it raises NotImplementedError.
     """
     if not callable(function):
         raise CheckFailed(f"expected a function, got {_kind(function)}: pass its name, without calling it")
@@ -40,7 +63,7 @@ def ask(function: Any, *inputs: Any, on: str) -> Any:
             torch.manual_seed(0)
             answer = function(*given)
     except NotImplementedError as error:
-        raise CheckFailed(f"not written yet: {error or 'replace the line that raises NotImplementedError'}") from None
+        raise NotWritten(f"not written yet: {error or 'replace the line that raises NotImplementedError'}") from None
     except Exception as error:
         where = _place(error, getattr(function, "__module__", None))
         raise CheckFailed(f"{on}: your code raised {type(error).__name__}: {error}{where}") from error

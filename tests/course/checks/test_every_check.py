@@ -150,3 +150,58 @@ def test_an_argument_that_is_changed_in_place_is_noticed():
 
 def test_jupyter_shows_the_message_without_a_traceback():
     assert CheckFailed("off by one")._render_traceback_() == ["CheckFailed: off by one"]
+
+
+# ---- your turn, inside a lesson ----
+
+
+def stub(*inputs):
+    raise NotImplementedError("your turn")
+
+
+def no_return(*inputs):
+    pass
+
+
+def raises(*inputs):
+    return [1][7]
+
+
+def leaves(*inputs):
+    raise SystemExit("enough")
+
+
+class Unkind:
+    """An answer that no check foresees: even its comparison fails."""
+
+    def __eq__(self, other):
+        raise ArithmeticError("no")
+
+    __hash__ = None
+
+    def __getattr__(self, name):
+        raise ArithmeticError("no")
+
+
+LESSON_GOES_ON = {
+    "a stub": (stub, "Nothing is written yet."),
+    "no return": (no_return, "Not right yet. .*: the answer is None: is there a `return` at the end?"),
+    "an exception": (raises, r"(?s)Not right yet. .*your code raised IndexError.*in your line `return \[1\]\[7\]`"),
+    "an exit": (leaves, "Not right yet. It ended in SystemExit: enough"),
+    "no function": (3, "Not right yet. expected a function, got int"),
+    "a word": (lambda *inputs: "word", "Not right yet. "),
+    "an object": (lambda *inputs: Unkind(), "Not right yet. "),
+}
+
+
+@pytest.mark.parametrize(("answer", "said"), LESSON_GOES_ON.values(), ids=list(LESSON_GOES_ON))
+def test_a_lesson_goes_on_whatever_the_reader_wrote(answer, said, capsys):
+    checks.your_turn(checks.check_swap, answer)
+    assert re.match(said, capsys.readouterr().out)
+
+
+@each_check
+def test_a_lesson_says_whether_the_answer_is_right(check, capsys):
+    checks.your_turn(getattr(checks, check), SOLVED[check])
+    checks.your_turn(getattr(checks, check), lambda *inputs: Unkind())
+    assert re.fullmatch(r"(?s)right: [^\n]+\nNot right yet\. .+", capsys.readouterr().out)
