@@ -1,4 +1,4 @@
-"""The checks of lesson 01's exercises: break-even, best approximation, energy, similarity, a control, the gauge."""
+"""The checks of lesson 01's exercises: parameters, break-even, approximation, energy, bytes, a control, the gauge."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,6 +9,77 @@ from torch import Tensor
 from lorakit.course.checks.exercise import Case, exercise, in_parts
 from lorakit.course.checks.grading import as_tensor, ask, judge, norm, parts, random_matrix, require, same
 from lorakit.layers.lowrank import break_even_rank, captured_energy, lora_parameters, subspace_similarity, truncated_svd
+
+
+def _llama(width: int, inner: int, shared: int, blocks: int, vocabulary: int, total: int) -> dict[str, Any]:
+    """A Llama's linear layers, each with its (d_out, d_in): those of one block, and those that are there once."""
+    attention = {
+        "q_proj": (width, width),
+        "k_proj": (shared, width),
+        "v_proj": (shared, width),
+        "o_proj": (width, width),
+    }
+    feed_forward = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    once = {"lm_head": (vocabulary, width)}
+    return {"blocks": blocks, "block": attention | feed_forward, "once": once, "total": total}
+
+
+def _square(width: int) -> dict[str, Any]:
+    return {"blocks": 1, "block": {"W": (width, width)}, "once": {}, "total": width**2}
+
+
+LLAMA_2 = _llama(4096, 11_008, 4096, 32, 32_000, 6_738_415_616)
+LLAMA_3 = _llama(4096, 14_336, 1024, 32, 128_256, 8_030_261_248)
+_Q_K_V_O = {name: (12_288, 12_288) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+GPT_3 = {"blocks": 96, "block": _Q_K_V_O, "once": {}, "total": 175_000_000_000}
+ATTENTION, BLOCK = list(LLAMA_2["block"])[:4], list(LLAMA_2["block"])
+TOLD = {  # a statement -> the number of parameters that it gives an adapter; the model, rank and targets it is about
+    "A": (196_608, _square(12_288), 8, ["W"]),
+    "B": (65_536, _square(4096), 16, ["W"]),
+    "C": (134_000_000, LLAMA_2, 16, ["q_proj", "v_proj"]),
+    "D": (8_400_000, LLAMA_2, 16, ["q_proj", "v_proj"]),
+    "E": (13_631_488, LLAMA_2, 16, ATTENTION),
+    "F": (20_277_248, LLAMA_2, 16, BLOCK),
+    "G": (20_277_248, LLAMA_2, 8, [*BLOCK, "lm_head"]),
+    "H": (4_700_000, GPT_3, 4, ["q_proj", "v_proj"]),
+    "I": (37_700_000, GPT_3, 8, ["q_proj", "v_proj"]),
+}
+
+
+@exercise("right: nine statements recounted, and how far each is off", "trainable, percent, times")
+def check_recount() -> Iterator[Case]:
+    """Checks `recount(told, model, rank, targets) -> (trainable, percent, times)`: an adapter counted from shapes."""
+    for letter, (told, model, rank, targets) in {**TOLD, "Llama 3 8B": (16_777_216, LLAMA_3, 16, ATTENTION)}.items():
+        block = [model["block"][name] for name in targets if name in model["block"]]
+        once = [model["once"][name] for name in targets if name in model["once"]]
+        layers = block * model["blocks"] + once
+
+        def count(shapes: list, rank: int = rank) -> int:
+            return sum(lora_parameters(d_out, d_in, rank) for d_out, d_in in shapes)
+
+        want, total = count(layers), model["total"]
+        trainable = {
+            "is that of one block: multiply by the number of blocks": count(block + once),
+            "has one matrix for each layer: an adapter has A and B": rank * sum(d_in for _, d_in in layers),
+            "has the rank twice: A is (r, d_in), B is (d_out, r), and there is one pair for each layer": want * rank,
+            "takes each layer for a square one": rank * sum(2 * d_in for _, d_in in layers),
+            "has the output head in every block: it is there once": count((block + once) * model["blocks"]),
+            "leaves out the output head, which is among the targets": count(block * model["blocks"]),
+            "is that of the full matrices: an adapter has r (d_in + d_out)": sum(
+                d_out * d_in for d_out, d_in in layers
+            ),
+        }
+        percent = {
+            "is a share: multiply by 100": want / (total + want),
+            "leaves the adapter out of the whole: divide by total + trainable": 100 * want / total,
+        }
+        times = {
+            "is upside down: divide what is told by what is right": want / told,
+            "is the difference: divide": told - want,
+        }
+        on = f"statement {letter}" if letter in TOLD else f"{letter}, r = {rank}"
+        parts = (want, trainable), (100 * want / (total + want), percent), (told / want, times)
+        yield Case(on, (told, model, rank, targets), *in_parts(*parts))
 
 
 @exercise("right: for square, wide and tall matrices, and where the numbers tie", "your rank")
@@ -25,6 +96,42 @@ def check_largest_rank() -> Iterator[Case]:
             "is the largest rank that such a matrix can have; ask what B and A hold": min(d_out, d_in),
         }
         yield Case(f"a matrix ({d_out}, {d_in})", (d_out, d_in), want, mistakes)
+
+
+MEMORY = {  # setting -> numbers that are frozen, numbers that train, tasks
+    "GPT-3 in full": (0, 175_000_000_000, 10),
+    "GPT-3, LoRA with r = 4 on Q and V": (175_000_000_000, 18_874_368, 10),
+    "GPT-3, LoRA with r = 1 on Q and V": (175_000_000_000, 4_718_592, 100),
+    "Llama 2 7B, LoRA with r = 16 on all layers": (6_738_415_616, 39_976_960, 3),
+}
+
+
+@exercise("right: what trains, what is saved, and what has to be kept", "training, file, storage")
+def check_memory() -> Iterator[Case]:
+    """Checks `memory(frozen, trained, tasks) -> (training, file, storage)` in bytes, with Adam in mixed precision."""
+    for on, (frozen, trained, tasks) in MEMORY.items():
+        file, whole = 2 * trained, 2 * frozen
+        training = {
+            "has 12 bytes for each number that trains: 2 + 2 in 16 bits, and 4 + 4 + 4 in 32 bits": whole
+            + 12 * trained,
+            "has everything in 16 bits: the copy and both moments are in 32": whole + 10 * trained,
+            "has 16 bytes for what is frozen, too: of that there are weights alone": 16 * (frozen + trained),
+            "leaves out the frozen weights: the forward pass needs them": 16 * trained,
+            "is a number of bits: a byte has eight": 8 * (whole + 16 * trained),
+        }
+        saved = {
+            "has four bytes for each number: 16 bits are two": 4 * trained,
+            "is a number of bits": 16 * trained,
+            "holds what is frozen as well: that is the base, which does not change": whole + file,
+            "is a number of parameters": trained,
+        }
+        storage = {
+            "leaves out the base: no adapter answers without it": tasks * file,
+            "has the base once for each task: they share it": tasks * (whole + file),
+            "is that of one task": whole + file,
+        }
+        three = (whole + 16 * trained, training), (file, saved), (whole + tasks * file, storage)
+        yield Case(on, (frozen, trained, tasks), *in_parts(*three))
 
 
 def _approximation(got: Any, case: Case) -> Iterable[tuple[str, Any]]:
@@ -84,26 +191,6 @@ def check_rank_for_energy() -> Iterator[Case]:
 
 def _first(holds: Any) -> int:
     return next(k for k, yes in enumerate(holds) if yes)
-
-
-@exercise("right: for equal and unequal ranks, whatever the size of the matrices", "your similarity")
-def check_similarity() -> Iterator[Case]:
-    """Checks `similarity(A1, A2) -> number` in [0, 1]: how much of the smaller row space lies in the larger one."""
-    for seed, (r1, r2, d) in enumerate([(3, 3, 8), (2, 5, 9), (4, 1, 6)]):
-        A1, A2 = random_matrix(r1, d, seed=seed), 3 * random_matrix(r2, d, seed=seed + 9)
-        want, few = subspace_similarity(A1, A2, r1, r2), min(r1, r2)
-        rows1, rows2 = A1 / A1.norm(dim=1, keepdim=True), A2 / A2.norm(dim=1, keepdim=True)
-        cosines = torch.linalg.svdvals(truncated_svd(A1, r1)[2] @ truncated_svd(A2, r2)[2].T)
-        mistakes = {
-            "depends on the size of A1, A2: make rows orthonormal first, by QR or SVD": norm(A1 @ A2.T) ** 2 / few,
-            "has rows of unit length that are not orthogonal: use QR or SVD": norm(rows1 @ rows2.T) ** 2 / few,
-            "is not divided by the smaller rank": want * few,
-            "is divided by the larger rank: one space inside the other would not give 1": want * few / max(r1, r2),
-            "is the norm, not its square, over the rank": (want * few) ** 0.5 / few,
-            "adds the cosines: add their squares": cosines.sum() / few,
-            "is the root of the right one: the norm is squared": want**0.5,
-        }
-        yield Case(f"A1 ({r1}, {d}), A2 ({r2}, {d})", (A1, A2), want, mistakes)
 
 
 def check_control(control: Any) -> None:

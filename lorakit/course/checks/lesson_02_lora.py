@@ -1,53 +1,19 @@
-"""The checks of lesson 02's exercises: counting, merging, repairing, swapping, a first step, and growing the rank."""
+"""The checks of lesson 02's exercises: merging, statements, repairing, swapping, a first step, and growing the rank."""
 
 import copy
 from collections.abc import Iterator
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.course.checks.exercise import Case, exercise, in_parts
+from lorakit.course.checks.exercise import Case, exercise
 from lorakit.course.checks.grading import CheckFailed, as_tensor, ask, judge, parts, random_matrix, require, same
 from lorakit.layers.bases import weight_of
 from lorakit.layers.lora import LoRALinear
-from lorakit.layers.lowrank import lora_parameters
 
-CONFIGS = {  # model -> layers, width, heads, key and value heads, parameters
-    "Llama 2 7B": (32, 4096, 32, 32, 6_738_415_616),
-    "SmolLM2-135M": (30, 576, 9, 3, 134_515_008),
-    "Llama 3 8B": (32, 4096, 32, 8, 8_030_261_248),
-}
 SIZES = [(4, 6, 2, 3.0), (7, 7, 3, 8.0)]  # d_out, d_in, rank, alpha; a square one, where transposes go unnoticed
-
-
-@exercise(
-    "right: r = 16 on Q and V of Llama 2 7B trains 8,388,608 numbers, 0.12 %; three models counted",
-    "trainable, percent",
-)
-def check_count() -> Iterator[Case]:
-    """Checks `count(config, total, rank) -> (trainable, percent)`: LoRA on Q and V in every layer."""
-    for (name, (layers, width, heads, kv_heads, total)), rank in zip(CONFIGS.items(), (16, 4, 64), strict=True):
-        config = SimpleNamespace(
-            num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads
-        )
-        d_value = width // heads * kv_heads
-        q, v = lora_parameters(width, width, rank), lora_parameters(d_value, width, rank)
-        want = layers * (q + v)
-        trainable = {
-            "is that of one layer: multiply by num_hidden_layers": q + v,
-            "takes V for a square matrix: with fewer value heads than query heads it is narrower": layers * 2 * q,
-            "is that of Q alone: V has an adapter too, or each adapter has two matrices": layers * q,
-            "is that of the full matrices: an adapter has rank * (d_in + d_out)": layers * width * (width + d_value),
-        }
-        percent = {
-            "is a share, not in percent: multiply by 100": want / (total + want),
-            "leaves the adapter out of the whole: divide by total + trainable": 100 * want / total,
-        }
-        both = (want, trainable), (100 * want / (total + want), percent)
-        yield Case(f"{name}, r = {rank}", (config, total, rank), *in_parts(*both))
 
 
 def _merged(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
@@ -92,6 +58,57 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
+LAYERS = [  # d_in, d_out, rank, alpha, with a bias, standard deviation of a Gaussian start (None: uniform)
+    (64, 48, 8, 16.0, False, None),
+    (96, 96, 8, 8.0, True, None),
+    (833, 16, 4, 8.0, False, None),  # 1 / sqrt(3 * 833) is 0.02
+    (80, 40, 6, 6.0, False, 0.02),
+    (400, 30, 16, 32.0, True, 1 / 16),
+]
+ALWAYS = {  # mistakes: the letter of a statement that is called right, or wrong, and why that is a mistake
+    "a": ("calls a right: the input meets A, which projects it down to r numbers, and B projects up", ""),
+    "b": ("calls b right: A has a row for each of the r directions, and a column for each input", ""),
+    "c": ("calls c right: the scale is missing", "calls c wrong, but here alpha / r is 1: compute it"),
+    "d": (
+        "calls d right: compute A.std()",
+        "calls d wrong: compute A.std(), which depends on the width and on the library",
+    ),
+    "e": (
+        "calls e right: a uniform draw ends at 1.7 standard deviations",
+        "calls e wrong: this start is a Gaussian one",
+    ),
+    "f": (
+        "calls f right: without a bias base.bias is None, and None has no requires_grad",
+        "calls f wrong: it has a bias",
+    ),
+    "g": ("", "calls g wrong: the merged weight has the shape of W, so it multiplies as often"),
+}
+
+
+def _letters(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    require(isinstance(got, set), case.on, f"expected a set of letters, got {type(got).__name__}")
+    yield "your set", got
+
+
+@exercise("right: seven statements judged, each of five layers", _letters)
+def check_wrong() -> Iterator[Case]:
+    """Checks `wrong(base, A, B, alpha) -> set`: which statements are wrong of a layer and its adapter."""
+    for d_in, d_out, rank, alpha, bias, std in LAYERS:
+        layer = _trained_layer(d_out, d_in, rank, alpha, bias)
+        draw = random_matrix(rank, d_in, seed=d_in)
+        uniform = (2 * torch.special.ndtr(draw) - 1) / d_in**0.5  # the default of PEFT and loralib
+        right = {"a", "b"} | ({"c"} if alpha != rank else set()) | ({"f"} if not bias else set())
+        right |= {"e"} if std is None else set()
+        right |= {"d"} if d_in != 833 and std != 0.02 else set()
+        mistakes: dict[str, set[str]] = {}
+        for letter, hints in ALWAYS.items():
+            for hint, answer in zip(hints, (right - {letter}, right | {letter}), strict=True):
+                mistakes |= {hint: answer} if hint else {}
+        start = "uniform" if std is None else f"Gaussian, {std:g}"
+        on = f"nn.Linear({d_in}, {d_out}, bias={bias}), r = {rank}, alpha = {alpha:g}, start of A {start}"
+        yield Case(on, (layer.base, uniform if std is None else std * draw, layer.B.detach(), alpha), right, mistakes)
+
+
 def check_layer(layer: Any) -> None:
     """Checks a class, called `layer(base, rank, alpha, dropout)`: start, what trains, scale, and dropout's place."""
     for d_out, d_in, rank, alpha in SIZES:
@@ -113,6 +130,9 @@ def check_layer(layer: Any) -> None:
 def _check_start(mine: Any, reference: LoRALinear, on: str) -> None:
     require(not mine.B.any(), on, "the model changes before training begins: B must start at zero")
     require(bool(mine.A.any()), on, "A and B both start at zero, so both gradients are zero for ever: draw A at random")
+    rank = int(torch.linalg.matrix_rank(mine.A.detach()))
+    message = f"the rows of A hold {rank} directions, not {len(mine.A)}, and equal rows stay equal: draw A at random"
+    require(rank == len(mine.A), on, message)
     trains = {name for name, p in mine.named_parameters() if p.requires_grad}
     extra = ", ".join(sorted(trains - {"A", "B"}))
     require(not extra, on, f"{extra} would train too: freeze the base with requires_grad_(False)")

@@ -1,4 +1,4 @@
-"""The checks of lesson 03's exercises: masks, today's settings, target names, an adapter that acts, a project."""
+"""The checks of lesson 03's exercises: masks, lengths, accumulation, packing, an adapter that acts, a project."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,42 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorakit._optional import need, quiet
 from lorakit.course.checks.exercise import Case, exercise, in_parts
 from lorakit.course.checks.grading import as_tensor, ask, random_matrix, require, same
 from lorakit.layers.lora import LoRALinear
-from lorakit.training.batch import IGNORE, Example
+from lorakit.training.batch import IGNORE, Example, collate
 
 TEXTS = [  # prompt, completion, length, pad_id; every completion ends with 2, the end token
     ([11, 2, 12, 13], [21, 2, 22, 2], 10, 2),
     ([11, 12, 13], [21, 22, 2], 9, 0),
     ([5, 7], [9, 0, 8, 2], 6, 0),
 ]
-# an argument of old tutorials -> a field of today's SFTConfig
-RENAMED = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"}
-RENAMED |= {"no_cuda": "use_cpu", "warmup_ratio": "warmup_steps"}
-GONE = ("overwrite_output_dir", "save_safetensors", "tokenizer")  # the last one to the trainer, as processing_class
-SETTINGS: list[dict[str, Any]] = [
-    {"output_dir": "out", "max_seq_length": 512, "learning_rate": 2e-4},
-    {"evaluation_strategy": "steps", "eval_steps": 50, "no_cuda": True},
-    {"warmup_ratio": 0.03, "dataset_text_field": "text", "tokenizer": "my tokenizer"},
-    {"overwrite_output_dir": True, "save_safetensors": True, "num_train_epochs": 3},
-    {"no_cuda": False, "warmup_ratio": 0.0, "max_seq_length": None},
-    {"max_length": 256, "eval_strategy": "no", "use_cpu": True, "warmup_steps": 20},
+DRAWS = [(200, 0.05), (64, 0.0), (50, 0.1), (333, 0.02)]  # how many texts, and which share of them may be cut
+BATCHES: list[
+    list[list[tuple[int, int]]]
+] = [  # micro-batches, each with the length of the prompt and of the completion of its texts
+    [[(3, 2), (1, 6)], [(2, 1)], [(0, 5), (4, 3), (5, 4)]],
+    [[(0, 9)], [(6, 1), (5, 2)]],
 ]
-Q_PROJ, XQ_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.xq_proj"
-NAMES = [  # a layer, target_modules, whether PEFT adapts it, and why
-    (Q_PROJ, ["q_proj", "v_proj"], True, "the last part of the name is in the list"),
-    (Q_PROJ, ["self_attn"], False, "a part in the middle does not count, the name must end with the target"),
-    (XQ_PROJ, ["q_proj"], False, "xq_proj is another layer: parts agree as a whole, so a dot must stand before"),
-    ("q_proj", ["q_proj"], True, "the name may be the target itself, without a dot before"),
-    (Q_PROJ, ["0.self_attn.q_proj"], True, "a target may be several last parts, with their dots"),
-    ("layers.1.qxproj", ["q.proj", ".*"], False, "what stands in a list is a name, not a regular expression"),
-    (Q_PROJ, r".*\.(q|v)_proj", True, "a string is a regular expression"),
-    (XQ_PROJ, ".*q_proj", True, "a regular expression says what it says, and this one takes any letters before q"),
-    (Q_PROJ, r".*\.self_attn", False, "a regular expression must match up to the end: fullmatch, not match"),
-    (Q_PROJ, r"self_attn\.q_proj", False, "a regular expression must match from the beginning: fullmatch, not search"),
+PACKS: list[list[tuple[list[int], list[int]]]] = [  # texts that share a row: prompt and completion
+    [([5, 6], [7, 2]), ([], [8, 9, 2]), ([3], [4, 2])],
+    [([], [4, 5, 2]), ([], [6, 2])],
 ]
 UNUSED = "a trained adapter of an unused layer"
 STATES = [  # an adapter, the size of B, alpha, in training mode, whether it acts, and why
@@ -92,36 +79,117 @@ def check_mask() -> Iterator[Case]:
         yield Case(on, (prompt, reply, length, pad), *in_parts(*three))
 
 
-def check_modern(modern: Any) -> None:
-    """Checks `modern(settings) -> settings`: arguments of old tutorials as today's SFTConfig takes them."""
-    hints = {
-        "use_cpu": "a new name, in the same sense",
-        "warmup_steps": "below 1 it is a share of the steps, as before",
-    }
-    for settings in SETTINGS:
-        on = f"dict({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
-        got = ask(modern, settings, on=on)
-        require(isinstance(got, dict), on, f"expected a dict, got {type(got).__name__}")
-        old = ", ".join(name for name in settings if name in got and (name in RENAMED or name in GONE))
-        require(not old, on, f"{old} is still there: SFTConfig has it under a new name, or has no place for it")
-        want = {RENAMED.get(name, name): value for name, value in settings.items() if name not in GONE}
-        extra = ", ".join(map(str, got.keys() - want.keys()))
-        where = f"; is it {extra}?" if extra else ": only what has no place any more goes; False, 0 and None are values"
-        for name, value in want.items():
-            require(name in got, on, f"the setting of {value!r} is lost{where}")
-            equal = type(got[name]) in (type(value), int, float) and got[name] == value
-            require(equal, on, f"{name} should be {value!r}: {hints.get(name, 'values stay as they are')}")
-        require(not extra, on, f"nobody asked for {extra}, or it is no field of SFTConfig")
-    print("right: four names are new, three arguments have no place, the rest is as it was")
+@exercise("right: long enough, a multiple of 8, and what it costs in labels", "max_length, lost")
+def check_choose_length() -> Iterator[Case]:
+    """Checks `choose_length(lengths, most_cut) -> (max_length, lost)`: a multiple of 8, and what it cuts off."""
+    for seed, (count, most) in enumerate(DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(10, 60, (count,), generator=generator).tolist()
+        replies = (20 * torch.randn(count, generator=generator).exp()).int().add(1).tolist()
+        lengths = [*zip(prompts, replies, strict=True), (400, 12)]  # the last prompt alone may be too long
+        totals, labels = [p + c for p, c in lengths], sum(c for _, c in lengths)
+        least, of_replies, of_prompts = (
+            sorted(each)[len(each) - 1 - int(most * len(each))] for each in (totals, [*replies, 12], [*prompts, 400])
+        )
+        want = -8 * (-least // 8)
+        chosen = {
+            "is that of the longest text: a share of the texts may be cut": -8 * (-max(totals) // 8),
+            "is no multiple of 8: round up": least,
+            "is rounded down, so more texts are cut than may be: round up": least // 8 * 8,
+            "counts completions alone: the prompt stands before them in the same row": -8 * (-of_replies // 8),
+            "counts prompts alone: the completion follows in the same row": -8 * (-of_prompts // 8),
+        }
+        over = [(c, max(p + c - want, 0)) for p, c in lengths]
+        lost = sum(min(c, cut) for c, cut in over)
+        missed = {
+            "is the share of the texts that are cut": sum(cut > 0 for _, cut in over) / len(lengths),
+            "is a share of all tokens: prompts have no labels": lost / sum(totals),
+            "counts tokens of prompts: of a text with a long prompt no more is lost than its completion": (
+                sum(cut for _, cut in over) / labels
+            ),
+            "counts whole completions: what fits before max_length is kept": sum(c for c, cut in over if cut) / labels,
+            "is a number of tokens: divide by that of all completions": lost,
+        }
+        on = f"{len(lengths)} texts, of which a share of {most:g} may be cut"
+        yield Case(on, (lengths, most), *in_parts((want, chosen), (lost / labels, missed)))
 
 
-def check_matches(matches: Any) -> None:
-    """Checks `matches(name, target_modules) -> bool`: PEFT's rule for a list of names, and for a string."""
-    for name, targets, want, why in NAMES:
-        on = f"{name!r}, target_modules = {targets!r}"
-        got = _truth(ask(matches, name, targets, on=on), on)
-        require(got == want, on, f"should be {want}: {why}")
-    print("right: whole last parts in a list, the whole name in a string, as PEFT decides")
+@exercise("", "the loss, the gradient")
+def _accumulated() -> Iterator[Case]:
+    """What all micro-batches give together, and what they give with other weights."""
+    for sizes in BATCHES:
+        model, batches = _Bigrams(), [_batch(texts) for texts in sizes]
+        pairs = []
+        for batch in batches:
+            loss = model(**batch).loss
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+            pairs.append((loss.detach(), gradient))
+        model.with_gradient.clear()
+        labels = [(batch["labels"][:, 1:] != IGNORE).sum().item() for batch in batches]
+
+        def mixed(weights: list, total: float, pairs: list = pairs) -> tuple:
+            return tuple(sum(w * each[i] for w, each in zip(weights, pairs, strict=True)) / total for i in (0, 1))
+
+        by_hand: dict[str, list[int]] = {
+            "is the mean of the batches' means: a batch of few labels counts as much as any": [1] * len(batches),
+            "weighs batches by their texts: the loss is one of tokens": [len(texts) for texts in sizes],
+            "weighs batches by all tokens, with prompts and padding": [b["labels"].numel() for b in batches],
+            "counts labels that nothing predicts: a row's first token has no token before it": [
+                int((batch["labels"] != IGNORE).sum()) for batch in batches
+            ],
+        }
+        wrong = {hint: mixed(weights, sum(weights)) for hint, weights in by_hand.items()}
+        wrong |= {"is the sum of the batches' means": mixed([1] * len(batches), 1)}
+        wrong |= {"is the sum over the tokens: divide by their number": mixed(labels, 1)}
+        on = f"micro-batches with {', '.join(map(str, labels))} labels"
+        yield Case(on, (model, batches), mixed(labels, sum(labels)), wrong)
+
+
+def check_accumulate(accumulate: Any) -> None:
+    """Checks `accumulate(model, batches) -> loss`: the loss and the gradient of one large batch, out of small ones."""
+    for case in _accumulated.cases():
+        given: list[_Bigrams] = []
+        loss = ask(_watched(accumulate, lambda model, _, given=given: given.append(model)), *case.inputs, on=case.on)
+        gradients = [p.grad for p in given[-1].parameters() if p.grad is not None]
+        require(len(gradients) == 2, case.on, "no gradient has arrived in p.grad: call backward(), and leave it there")
+        early = all(given[-1].with_gradient[1:])
+        require(early, case.on, "every batch is kept in memory up to one backward(): call it batch by batch")
+        _accumulated.judge((loss, torch.cat([g.flatten() for g in gradients])), case)
+    print("right: the same loss and gradient as one large batch, a batch at a time")
+
+
+@exercise("right: each text as if it were alone in its row", "input_ids, position_ids, labels, visible")
+def check_pack_row() -> Iterator[Case]:
+    """Checks `pack_row(texts) -> (input_ids, position_ids, labels, visible)`: texts share a row and nothing else."""
+    for texts in PACKS:
+        given = [(prompt + reply, [IGNORE] * len(prompt) + reply) for prompt, reply in texts]
+        ids, raw = ([token for text in given for token in text[i]] for i in (0, 1))
+        places = [place for text, _ in given for place in range(len(text))]
+        owner = torch.tensor([i for i, (text, _) in enumerate(given) for _ in text])
+        block, causal = owner[:, None] == owner, torch.ones(len(ids), len(ids)).tril().bool()
+        want = [IGNORE if place == 0 else label for place, label in zip(places, raw, strict=True)]
+        ends = [place == 0 for place in places[1:]] + [True]
+        positions = {
+            "go on from text to text: each begins at 0": list(range(len(ids))),
+            "begin at 1: the first position is 0": [place + 1 for place in places],
+        }
+        labels = {
+            "count the first token of a text: it would be learned from the end of the text before": raw,
+            "leave out the last token of a text: that is its end": [
+                IGNORE if end else label for end, label in zip(ends, raw, strict=True)
+            ],
+            "are shifted: the model does that itself, label i is token i": [*want[1:], IGNORE],
+        }
+        visible = {
+            "shows a text those before it: both tokens must be of one text": causal,
+            "shows what is still to come: token i sees j <= i": block,
+            "is turned round: row i is what token i sees": (block & causal).T,
+            "is True where nothing is seen": ~(block & causal),
+        }
+        three = (places, positions), (want, labels), (block & causal, visible)
+        yield Case(
+            f"texts of {', '.join(str(len(text)) for text, _ in given)} tokens", (given,), *in_parts((ids, {}), *three)
+        )
 
 
 def check_is_active(is_active: Any) -> None:
@@ -236,6 +304,30 @@ class _Adapted(nn.Module):
         scale, self.layer.scale = self.layer.scale, 0.0
         yield
         self.layer.scale = scale
+
+
+class _Bigrams(nn.Module):
+    """A language model that looks at one token alone, called as those of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        for seed, p in enumerate(self.parameters()):
+            p.data = random_matrix(*p.shape, seed=seed)
+        self.with_gradient: list[bool] = []
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> SimpleNamespace:
+        self.with_gradient.append(self.head.weight.grad is not None)
+        logits = self.head(self.embed(input_ids))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def _batch(sizes: list) -> dict[str, Tensor]:
+    """Texts with prompts and completions of these lengths, as a batch."""
+    rows = [(prompt, [(3 * i + prompt + reply) % 11 for i in range(prompt + reply)]) for prompt, reply in sizes]
+    return collate([Example(ids, [IGNORE] * prompt + ids[prompt:]) for prompt, ids in rows])
 
 
 def _small_llama() -> nn.Module:

@@ -116,9 +116,9 @@ def test_an_exception_is_reported_with_the_line_it_came_from(check):
 
 
 def test_numbers_and_matrices_are_taken_in_any_form():
-    checks.check_largest_rank(lambda *sizes: np.int64(SOLVED["check_largest_rank"](*sizes)))
+    checks.check_rank_for_energy(lambda *inputs: np.int64(SOLVED["check_rank_for_energy"](*inputs)))
     checks.check_swap(lambda *inputs: SOLVED["check_swap"](*inputs).double().numpy())
-    checks.check_similarity(lambda A1, A2: SOLVED["check_similarity"](A1.requires_grad_(), A2))
+    checks.check_balance(lambda B, A: SOLVED["check_balance"](B.requires_grad_(), A))
 
 
 def test_a_wrong_answer_without_a_known_reason_is_described():

@@ -2,7 +2,6 @@
 
 import torch
 from helpers.exercises import assert_refused, each_mistake
-from torch.nn import functional as F
 
 
 def normed(matrix, update):
@@ -35,10 +34,47 @@ def cumulated(matrix):
     return energy.cumsum(0) / energy.sum()
 
 
+def counted(pair=lambda d_out, d_in: d_out + d_in, places=("block", "once"), blocks=lambda model: model["blocks"]):
+    """A count of an adapter, wrong in one respect."""
+
+    def recount(told, model, rank, targets):
+        shapes = [
+            shape
+            for place in places
+            for name, shape in model[place].items()
+            for _ in range(blocks(model) if place == "block" else 1)
+            if name in targets
+        ]
+        n = sum(rank * pair(*shape) for shape in shapes)
+        return n, 100 * n / (model["total"] + n), told / n
+
+    return recount
+
+
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
+    "check_recount": [
+        (counted(blocks=lambda model: 1), "statement C: trainable is that of one block"),
+        (counted(pair=lambda d_out, d_in: d_in), "statement A: trainable has one matrix for each layer"),
+        (counted(pair=lambda d_out, d_in: 2 * d_in), "statement F: trainable takes each layer for a square one"),
+        (
+            lambda told, model, rank, names: counted()(told, model, rank**2, names),
+            "statement A: trainable has the rank twice",
+        ),
+        (counted(places=("block",)), "statement G: trainable leaves out the output head"),
+        (lambda told, model, rank, targets: told, "expected `return trainable, percent, times`, got int"),
+        (lambda told, model, rank, targets: (told, 0, 1), "statement A: percent should be"),
+        (lambda told, *setting: (*counted()(told, *setting)[:2], told), "statement A: times should be 1, got 196,608"),
+    ],
     "check_largest_rank": [
         (lambda d_out, d_in: d_out * d_in // (d_out + d_in), "exactly as many numbers as the matrix"),
         (lambda d_out, d_in: 2047, "a matrix (576, 576): your rank should be 287, got 2,047"),
+    ],
+    "check_memory": [
+        (lambda frozen, trained, tasks: (12 * trained, 2 * trained, 20 * trained), "4 + 4 + 4 in 32 bits"),
+        (lambda frozen, trained, tasks: (16 * trained, 2 * trained, 2 * trained * tasks), "leaves out the frozen"),
+        (lambda frozen, trained, tasks: (2 * frozen + 16 * trained, 16 * trained, 0), "file is a number of bits"),
+        (lambda frozen, trained, tasks: (2 * frozen + 16 * trained, 2 * trained, 2 * trained * tasks), "no adapter"),
+        (lambda frozen, trained, tasks: 16 * trained, "expected `return training, file, storage`, got int"),
     ],
     "check_best_approximation": [
         (lambda matrix, k: (torch.diag(torch.linalg.svdvals(matrix)), 1, 1), "should have shape (6, 9), got (6, 6)"),
@@ -48,10 +84,6 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
     "check_rank_for_energy": [
         (lambda matrix, share: int((matrix.pow(2).sum(0) > 0).sum()), "your k should be 10, got 30"),
         (lambda matrix, share: int((cumulated(matrix) < share).sum()), "is one too small: after cumsum"),
-    ],
-    "check_similarity": [
-        (lambda A1, A2: torch.linalg.qr(A1).Q.T @ torch.linalg.qr(A2).Q, "should have shape ()"),
-        (lambda A1, A2: (F.normalize(A1) @ F.normalize(A2).T).norm() ** 2 / min(len(A1), len(A2)), "not orthogonal"),
     ],
     "check_control": [
         (lambda update, rank, seed: normed(torch.randn(update.shape), update), "multiply two thin ones"),

@@ -1,18 +1,20 @@
 """The checks of lesson 02, LoRA by hand: what they say to answers that they do not know themselves."""
 
 import torch
-from helpers.exercises import assert_refused, each_mistake
+from helpers.exercises import SOLVED, assert_refused, each_mistake
 from torch import nn
 
 
-def wrong_layer(frozen=True, wide_a=1.0, wide_b=0.0, scale=None, before="x", on_output=False, cut=False):
+def wrong_layer(
+    frozen=True, draw=torch.randn, wide_a=1.0, wide_b=0.0, scale=None, before="x", on_output=False, cut=False
+):
     """A class that check_layer refuses, for one reason."""
 
     class Wrong(nn.Module):
         def __init__(self, base, rank, alpha, dropout):
             super().__init__()
             self.base = base if frozen is None else base.requires_grad_(not frozen)
-            self.A = nn.Parameter(wide_a * torch.randn(rank, base.in_features))
+            self.A = nn.Parameter(wide_a * draw(rank, base.in_features))
             self.B = nn.Parameter(wide_b * torch.randn(base.out_features, rank))
             self.scale = {None: alpha / rank, "one": 1.0, "alpha": alpha}[scale]
             self.dropout = nn.Dropout(dropout)
@@ -48,15 +50,18 @@ def grown(A, B, alpha, new_rank, rows=torch.randn, columns=torch.zeros, power=1.
     return A_new, torch.cat([B, columns(len(B), more)], dim=1), alpha * (new_rank / len(A)) ** power
 
 
+def judged(**wrongly):
+    """A judgement of the statements that is wrong about some of them."""
+
+    def wrong(base, *adapter):
+        right = SOLVED["check_wrong"](base, *adapter)
+        said = {letter: holds(base, *adapter) for letter, holds in wrongly.items()}
+        return (right | {letter for letter, yes in said.items() if not yes}) - {x for x, yes in said.items() if yes}
+
+    return wrong
+
+
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
-    "check_count": [
-        (
-            lambda config, total, rank: (32 * 16 * 4 * 4096, 0.124335),
-            "r = 4: trainable should be 230,400, got 8,388,608",
-        ),
-        (lambda config, total, rank: 8_388_608, "expected `return trainable, percent`, got int"),
-        (lambda config, total, rank: (config.num_hidden_layers * 4 * rank * config.hidden_size, 0.124335), "narrower"),
-    ],
     "check_merge": [
         (lambda base, A, B, alpha: linear(base.weight + B @ A, base.bias), "did you forget the scale?"),
         (lambda base, A, B, alpha: linear(base.weight + alpha / len(A) * B @ A), "the base's bias is lost"),
@@ -65,7 +70,17 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda base, A, B, alpha: base.weight + alpha / len(A) * A @ B, "your code raised RuntimeError: mat1"),
         (in_place, "an argument was changed in place"),
     ],
+    "check_wrong": [
+        (lambda base, A, B, alpha: {"a", "b", "c", "d", "e", "f"}, "r = 8, alpha = 8, start of A uniform: your set"),
+        (judged(c=lambda base, A, B, alpha: False), "your set calls c wrong, but here alpha / r is 1"),
+        (judged(d=lambda base, A, B, alpha: False), "start of A uniform: your set calls d wrong: compute A.std()"),
+        (judged(e=lambda base, A, B, alpha: True), "your set calls e right: a uniform draw ends"),
+        (judged(f=lambda base, A, B, alpha: True), "your set calls f right: without a bias"),
+        (judged(a=lambda base, A, B, alpha: True, b=lambda *given: True), "your set are wrong about a, b"),
+        (lambda *given: ["a", "b"], "expected a set of letters, got list"),
+    ],
     "check_layer": [
+        (wrong_layer(draw=torch.ones), "the rows of A hold 1 directions, not 2"),
         (wrong_layer(frozen=None), "base.bias, base.weight would train too"),
         (wrong_layer(frozen=False), "base.bias, base.weight would train too"),
         (wrong_layer(cut=True), "no gradient reaches both"),

@@ -1,44 +1,51 @@
 """The checks of lesson 03, fine-tuning with libraries: what they say to answers that they do not know themselves."""
 
-import dataclasses
-import re
-
 import peft
-import pytest
 import torch
 from helpers.exercises import SOLVED, assert_refused, each_mistake, everything
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lorakit import inject
 from lorakit.course import checks
 from lorakit.course.checks import lesson_03_sft
-from lorakit.models.targets import is_named
 from lorakit.training.batch import collate
 
 
-def modern_but(change):
-    """Right settings, changed by a function of them and of what was given."""
+def accumulated(share=lambda batch, batches: labels_in(batch) / sum(map(labels_in, batches)), at_once=False, keep=True):
+    """An accumulation that check_accumulate refuses, for one reason."""
 
-    def modern(settings):
-        new = SOLVED["check_modern"](settings)
-        changed = change(new, settings)
-        return new if changed is None else changed
+    def accumulate(model, batches):
+        losses = []
+        for batch in batches:
+            losses.append(model(**batch).loss * share(batch, batches))
+            if not at_once:
+                losses[-1].backward()
+        if at_once:
+            sum(losses).backward()
+        if not keep:
+            model.zero_grad()
+        return sum(losses).item()
 
-    return modern
+    return accumulate
 
 
-def renamed(settings, **names):
-    return {names.get(name, name): value for name, value in settings.items()}
+def labels_in(batch):
+    return (batch["labels"][:, 1:] != -100).sum().item()
 
 
-def matching(in_list=is_named, in_string=re.fullmatch):
-    def matches(name, targets):
-        if isinstance(targets, str):
-            return bool(in_string(targets, name))
-        return any(in_list(name, target) for target in targets)
+def packed(**wrong):
+    """A packed row that check_pack_row refuses, for one reason."""
 
-    return matches
+    def pack_row(texts):
+        names = "input_ids", "position_ids", "labels", "visible"
+        right = dict(zip(names, SOLVED["check_pack_row"](texts), strict=True))
+        return tuple(wrong.get(name, lambda texts, value: value)(texts, right[name]) for name in names)
+
+    return pack_row
+
+
+def cut_at(percentile):
+    return lambda lengths, most_cut: (percentile(sorted(p + c for p, c in lengths), most_cut), 0.0)
 
 
 def differing(different=lambda a, b: not torch.equal(a, b), mode=False, back=True, grad=False, switch=True):
@@ -100,49 +107,38 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda prompt, reply, length, pad: prompt + reply, "input_ids, attention_mask, labels`, got list of 8"),
         (masked_by_value, "length 10, pad_id 2: labels goes by value: what equals pad_id may be the end"),
     ],
-    "check_modern": [
-        (lambda settings: settings, "max_seq_length is still there"),
-        (modern_but(lambda new, old: {**new, **old}), "max_seq_length is still there"),
-        (modern_but(lambda new, old: new | {k: v for k, v in old.items() if k == "tokenizer"}), "tokenizer is still"),
-        (modern_but(lambda new, old: old.clear()), "an argument was changed in place"),
-        (modern_but(lambda new, old: renamed(new, max_length="max_len")), "the setting of 512 is lost; is it max_len?"),
-        (modern_but(lambda new, old: {k: v for k, v in new.items() if v}), "False, 0 and None are values"),
-        (modern_but(lambda new, old: {k: v for k, v in new.items() if k != "dataset_text_field"}), "'text' is lost"),
+    "check_choose_length": [
+        (cut_at(lambda totals, most: (totals[-1] + 7) // 8 * 8), "max_length is that of the longest text"),
+        (cut_at(lambda totals, most: 512), "201 texts, of which a share of 0.05 may be cut: max_length should be"),
         (
-            modern_but(lambda new, old: new | {"use_cpu": not new["use_cpu"]} if "use_cpu" in new else new),
-            "a new name, in the same sense",
+            lambda lengths, most: (SOLVED["check_choose_length"](lengths, most)[0], most),
+            "lost should be",
         ),
-        (
-            modern_but(lambda new, old: new | {"warmup_steps": 0}),
-            "nobody asked for warmup_steps",
-        ),
-        (
-            modern_but(lambda new, old: new | ({"warmup_steps": 30} if "warmup_ratio" in old else {})),
-            "below 1 it is a share",
-        ),
-        (modern_but(lambda new, old: new | {"processing_class": "x"}), "nobody asked for processing_class"),
-        (modern_but(lambda new, old: new | {"learning_rate": 1e-4} if "learning_rate" in new else new), "as they are"),
-        (modern_but(lambda new, old: list(new)), "expected a dict, got list"),
+        (lambda lengths, most: 128, "expected `return max_length, lost`, got int"),
     ],
-    "check_matches": [
-        (matching(in_list=lambda name, target: target in name), "a part in the middle does not count"),
-        (matching(in_list=lambda name, target: name.endswith(target)), "xq_proj is another layer"),
-        (matching(in_list=lambda name, target: name.endswith("." + target)), "without a dot before"),
-        (matching(in_list=lambda name, target: name.split(".")[-1] == target), "several last parts"),
+    "check_accumulate": [
+        (accumulated(share=lambda batch, batches: 1 / len(batches)), "the loss is the mean of the batches' means"),
+        (accumulated(share=lambda batch, batches: 1), "the loss is the sum of the batches' means"),
+        (accumulated(share=lambda batch, batches: labels_in(batch)), "the loss is the sum over the tokens"),
+        (accumulated(at_once=True), "call it batch by batch"),
+        (accumulated(keep=False), "no gradient has arrived in p.grad"),
+        (lambda model, batches: model(**batches[0]).loss, "no gradient has arrived in p.grad"),
         (
-            matching(in_list=lambda name, target: re.search(rf"(^|\.){target}$", name)),
-            "a name, not a regular",
+            lambda model, batches: accumulated()(model, batches) + accumulated(lambda *_: 1)(model, batches),
+            "the loss should be",
         ),
-        (matching(in_string=re.match), "fullmatch, not match"),
-        (matching(in_string=re.search), "must match up to the end"),
-        (matching(in_string=lambda target, name: re.search(f"{target}$", name)), "fullmatch, not search"),
-        (matching(in_string=lambda target, name: is_named(name, target)), "a string is a regular expression"),
         (
-            matching(in_string=lambda s, name: re.fullmatch(s, name) and ".xq" not in name),
-            "this one takes any letters",
+            lambda model, batches: (accumulated()(model, batches) + accumulated()(model, batches)) / 2,
+            "the gradient is off by exactly the factor 2",
         ),
-        (lambda name, targets: False, "should be True: the last part of the name is in the list"),
-        (lambda name, targets: re.search("q", name), "expected True or False, got Match"),
+    ],
+    "check_pack_row": [
+        (packed(position_ids=lambda texts, places: list(range(len(places)))), "position_ids go on from text to text"),
+        (packed(labels=lambda texts, _: [label for _, labels in texts for label in labels]), "labels count the first"),
+        (packed(visible=lambda texts, seen: torch.ones_like(seen).tril()), "visible shows a text those before it"),
+        (packed(visible=lambda texts, seen: seen | seen.T), "visible shows what is still to come"),
+        (packed(visible=lambda texts, seen: seen.T), "visible is turned round"),
+        (packed(input_ids=lambda texts, ids: ids[1:]), "input_ids should have shape"),
     ],
     "check_is_active": [
         (lambda model, ids: bool(model.layer.B.any()), "alpha = 0: should be False: B is not zero, but the scale is"),
@@ -194,10 +190,19 @@ def test_a_comparison_may_use_adapters_of_any_library():
     checks.check_compare(compared())
 
 
-@pytest.mark.parametrize(("name", "targets", "want"), [row[:3] for row in lesson_03_sft.NAMES])
-def test_names_match_as_peft_has_it(name, targets, want):
-    config = peft.LoraConfig(target_modules=targets)
-    assert bool(check_target_module_exists(config, name)) == want
+def test_a_packed_row_answers_as_its_texts_do_alone():
+    model = lesson_03_sft._small_llama()
+    for texts in lesson_03_sft.PACKS:
+        given = [(prompt + reply, [-100] * len(prompt) + reply) for prompt, reply in texts]
+        ids, places, labels, visible = SOLVED["check_pack_row"](given)
+        mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[None, None]
+        row = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([places]), "attention_mask": mask}
+        alone = [model(torch.tensor([text]), labels=torch.tensor([label])) for text, label in given]
+        out = model(**row, labels=torch.tensor([labels]))
+        torch.testing.assert_close(out.logits[0], torch.cat([each.logits[0] for each in alone]))
+        counts = [sum(label != -100 for label in each[1:]) for _, each in given]
+        by_tokens = sum(n * each.loss for n, each in zip(counts, alone, strict=True)) / sum(counts)
+        torch.testing.assert_close(out.loss, by_tokens)
 
 
 def test_an_adapter_of_peft_is_seen_to_act(capsys):
@@ -210,16 +215,3 @@ def test_an_adapter_of_peft_is_seen_to_act(capsys):
             nn.init.constant_(p, 0.01)
     assert is_active(model, ids)
     assert model.training
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing")
-def test_settings_are_those_of_the_installed_trl():
-    import trl
-
-    fields = {field.name for field in dataclasses.fields(trl.SFTConfig)}
-    old = {*lesson_03_sft.RENAMED, *lesson_03_sft.GONE}
-    assert not old & fields
-    for settings in lesson_03_sft.SETTINGS:
-        assert SOLVED["check_modern"](settings).keys() <= fields
-    config = trl.SFTConfig(output_dir="unused", warmup_steps=0.03, use_cpu=True, bf16=False)
-    assert config.get_warmup_steps(1000) == 30, "below 1 it is a share"
