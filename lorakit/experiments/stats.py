@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import bootstrap, chi2, dunnett, t, ttest_ind
 
-from lorakit._numbers import check_list, is_number
+from lorakit._numbers import check_integer, check_list, is_number
 from lorakit._words import short
 
 if TYPE_CHECKING:
@@ -36,31 +36,61 @@ def accuracy_interval(
         ValueError: no answers; fewer than two groups, or not one for each answer.
     """
     check_list("answers", correct)
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if not len(correct) or any(answer not in (0, 1) for answer in correct):
         raise ValueError(f"expected at least one answer, each right or wrong, got {short(correct)}")
     if groups is not None and len(groups) != len(correct):
         raise ValueError(f"expected a group for each of {len(correct)} answers, got {len(groups)}")
     n, share = len(correct), fmean(correct)
-    size: float = n if groups is None or share in (0, 1) else min(n, _effective_size(correct, groups, confidence))
+    size: float = n
+    if groups is not None and share not in (0, 1):
+        excess: dict[Hashable, float] = defaultdict(float)  # right answers of a group beyond the mean
+        for answer, group in zip(correct, groups, strict=True):
+            excess[group] += answer - share
+        k = len(excess)
+        if k < 2:
+            raise ValueError(f"expected at least two groups, got {k}")
+        variance = k / (k - 1) * sum(each**2 for each in excess.values()) / n**2
+        size = _effective_size(share, variance, n, k, confidence)
+    return _wilson(share, size, confidence)
+
+
+def share_interval(shares: Sequence[float], questions: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """The mean of the shares that several seeds reach, and its interval over seeds, as (mean, low, high) in [0, 1].
+
+    `mean_interval` knows no ends and may pass 100 %. This is Wilson's interval for the number of independent answers
+    that would scatter as the seeds do, `p (1 - p) / var(p)`, and at most for all answers (Korn and Graubard 1998, as in
+    `accuracy_interval`, with seeds as groups): seeds that agree do not make it narrower than their questions allow.
+
+    Args:
+        shares: of right answers, one a seed.
+        questions: how many each share is of.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: fewer than two shares, or one that is not in [0, 1].
+    """
+    _check_values(shares)
+    check_confidence(confidence)
+    check_integer("questions", questions)
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"expected shares between 0 and 1, got {short(list(shares))}")
+    mean, k = fmean(shares), len(shares)
+    size = _effective_size(mean, stdev(shares) ** 2 / k, k * questions, k, confidence)
+    return _wilson(mean, size, confidence)
+
+
+def _wilson(share: float, size: float, confidence: float) -> tuple[float, float, float]:
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle, half = share + z**2 / (2 * size), z * math.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
     low, high = ((middle + side * half) / (1 + z**2 / size) for side in (-1, 1))
     return share, max(low, 0.0), min(high, 1.0)
 
 
-def _effective_size(correct: Sequence[bool], groups: Sequence[Hashable], confidence: float) -> float:
-    """How many independent answers tell as much about the share as these answers in groups."""
-    n, share = len(correct), fmean(correct)
-    excess: dict[Hashable, float] = defaultdict(float)  # right answers of a group beyond the mean
-    for answer, group in zip(correct, groups, strict=True):
-        excess[group] += answer - share
-    k = len(excess)
-    if k < 2:
-        raise ValueError(f"expected at least two groups, got {k}")
-    variance = k / (k - 1) * sum(each**2 for each in excess.values()) / n**2
+def _effective_size(share: float, variance: float, n: int, k: int, confidence: float) -> float:
+    """How many independent answers tell as much about a share as n answers in k groups, with this variance of it."""
     few = t.ppf((1 + confidence) / 2, n - 1) / t.ppf((1 + confidence) / 2, k - 1)  # a variance from k groups alone
-    return float(share * (1 - share) / variance * few**2) if variance else n
+    return min(n, float(share * (1 - share) / variance * few**2)) if variance else n
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -72,7 +102,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         ValueError: fewer than two values, or one that is not finite.
     """
     _check_values(values)
-    _check_confidence(confidence)
+    check_confidence(confidence)
     mean = fmean(values)
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
@@ -84,7 +114,8 @@ def _check_values(values: Any) -> None:
         raise ValueError(f"expected at least two finite values, got {short(list(values))}")
 
 
-def _check_confidence(confidence: Any) -> None:
+def check_confidence(confidence: Any) -> None:
+    """Refuses what is no number between 0 and 1."""
     if not is_number(confidence) or not 0 < confidence < 1:
         raise ValueError(f"expected a confidence between 0 and 1, got {short(confidence)}")
 
@@ -137,7 +168,7 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95,
     """
     for values in (a, b):
         _check_values(values)
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if paired and len(a) != len(b):
         raise ValueError(f"expected pairs, got {len(a)} values and {len(b)}")
     mean = fmean(a) - fmean(b)
@@ -186,7 +217,7 @@ def bootstrap_interval(
         ValueError: fewer than two values, or one that is not finite.
     """
     _check_values(values)
-    _check_confidence(confidence)
+    check_confidence(confidence)
     whole = float(statistic(values))
     if len(set(values)) == 1:
         return whole, whole, whole

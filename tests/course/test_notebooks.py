@@ -1,5 +1,6 @@
 """The laws of a lesson, and each lesson run on a tiny model; `make test` also replays committed outputs."""
 
+import ast
 import copy
 import re
 from pathlib import Path
@@ -128,6 +129,36 @@ def nothing_is_left_to_do(nb):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", "\n".join(cell.source for cell in nb.cells))
 
 
+READ = {"outcome", "decided", "smallest"}  # of a verdict, whose flags are lost when this alone is read off it
+
+
+def mentions(node, names):
+    inside = list(ast.walk(node))
+    return any(isinstance(each, ast.Attribute) and each.attr in READ for each in inside) or any(
+        isinstance(each, ast.Name) and each.id in names for each in inside
+    )
+
+
+def conclusions_keep_their_flags(nb):
+    """No assertion rests on what was read off a verdict; `expect(verdict.says(outcome), sentence)` sees its flags."""
+    nodes = [node for cell in code_cells(nb) for node in ast.walk(ast.parse(cell.source))]
+    bare: set[str] = set()  # names that hold an outcome without its flags, and functions that return one
+    for _ in range(3):  # from name to name
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(each, ast.Return) and each.value and mentions(each.value, bare) for each in ast.walk(node)
+            ):
+                bare.add(node.name)
+            elif isinstance(node, ast.Assign | ast.NamedExpr | ast.AugAssign) and mentions(node.value, bare):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                bare |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    for node in nodes:
+        told = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "expect"
+        if isinstance(node, ast.Assert) or (told and node.args):
+            claim = node.test if isinstance(node, ast.Assert) else node.args[0]
+            assert not mentions(claim, bare), f"expected `verdict.says(...)` in `expect`, got {ast.unparse(node)}"
+
+
 LAWS = [
     parameters_are_literals_with_units,
     tags_are_known,
@@ -139,6 +170,7 @@ LAWS = [
     a_lesson_has_its_parts,
     a_headline_is_printed,
     conclusions_are_claimed_at_the_defaults,
+    conclusions_keep_their_flags,
     nothing_is_left_to_do,
 ]
 
@@ -147,6 +179,22 @@ LAWS = [
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_a_lesson_keeps_the(law, path):
     law(nbformat.read(path, as_version=4))
+
+
+OWN_RULES = {"difference", "differences_from", "tuned", "tuned_arms", "optimum", "ttest_ind", "ttest_rel", "dunnett"}
+FIRST_EDITION = {"04", "05", "06", "07"}  # lessons that still decide in their own ways; the list only shrinks
+
+
+@each_lesson
+def test_a_lesson_decides_by_the_one_rule(path):
+    """Comparisons are `compare`'s, `compare_all`'s and `tune`'s: other rules know no flags."""
+    nodes = [node for cell in code_cells(nbformat.read(path, 4)) for node in ast.walk(ast.parse(cell.source))]
+    taken = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    number = path.stem[:2]
+    if number in FIRST_EDITION:
+        assert taken & OWN_RULES, f"lesson {number} keeps the rule: take it off FIRST_EDITION"
+    else:
+        assert not taken & OWN_RULES
 
 
 # ---- the laws themselves: a lesson that keeps them all, and what breaks each ----
@@ -208,6 +256,10 @@ BREAKS = [
     (a_lesson_has_its_parts, source(2, "## What we found\n## A\n## B\n## C")),
     (a_headline_is_printed, lambda nb: nb.cells[3].outputs.clear()),
     (conclusions_are_claimed_at_the_defaults, said(3, "holds with these settings: ranks differ")),
+    (conclusions_keep_their_flags, source(3, 'assert verdict.outcome == "higher"')),
+    (conclusions_keep_their_flags, source(3, 'expect(verdict.decided, "it is higher", here=True)')),
+    (conclusions_keep_their_flags, source(3, 'said = [each.outcome for each in found]\nassert said[0] == "higher"')),
+    (conclusions_keep_their_flags, source(3, "def decide(v):\n    return v.outcome\n\n\nassert decide(found)")),
     (nothing_is_left_to_do, source(2, "TO" + "DO: write this")),
 ]
 

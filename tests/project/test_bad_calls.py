@@ -13,7 +13,7 @@ from helpers.texts import TOKENIZER, examples
 import lorakit
 from lorakit import LoRAConfig, Recipe, Spec, fit, fit_many, inject
 from lorakit.cost.budget import budget, table
-from lorakit.experiments import stats
+from lorakit.experiments import stats, verdicts
 from lorakit.experiments.plan import load_plan, read_yaml
 from lorakit.experiments.records import frame
 from lorakit.experiments.sweep import sweep
@@ -127,6 +127,9 @@ CALLS = {
     "a confidence of two": lambda: stats.mean_interval([1.0, 2.0], confidence=2),
     "a mean of words": lambda: stats.mean_interval(["a", "b"]),
     "a difference of numbers": lambda: stats.difference(1.0, 2.0),
+    "arms without seeds": lambda: verdicts.compare([0.1, 0.2], [0.2, 0.3]),
+    "arms without names": lambda: verdicts.compare_all([{0: 0.1, 1: 0.2}], {0: 0.1, 1: 0.3}),
+    "a share of half a question": lambda: stats.share_interval([0.1, 0.2], 0.5),
     "no arms": lambda: stats.differences_from([1.0, 2.0], {}),
     "an optimum of a list": lambda: stats.optimum([1.0]),
 }
