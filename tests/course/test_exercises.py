@@ -86,7 +86,7 @@ def test_solutions_run(path, tmp_path):
 @each_solution
 def test_an_exercise_fails_with_a_message_and_no_traceback(path, tmp_path):
     result = lessons.run_lesson(NOTEBOOKS / "exercises" / path.name, {}, tmp_path / path.name)
-    assert result.error.startswith("CheckFailed: not written yet")
+    assert result.error.startswith("NotWritten: not written yet")
     (failed,) = [out for cell in read(result.path).cells for out in cell.get("outputs", []) if "traceback" in out]
     assert failed.traceback == ["CheckFailed: not written yet: your turn"]
 
