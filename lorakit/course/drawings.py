@@ -39,3 +39,26 @@ def draw_lora(ax: Axes, d_in: int, d_out: int, rank: int) -> Axes:
     ax.set_aspect("equal")
     ax.axis("off")
     return ax
+
+
+def draw_merge(ax: Axes, d_in: int, d_out: int, rank: int) -> Axes:
+    """Draws what merging does to a layer: B A, of the shape of W, is added to it; a unit per row and column."""
+    x, gap = 0.0, 2.6
+
+    def block(columns: float, rows: float, colour: str, label: str, sign: str, hatch: str = "") -> None:
+        nonlocal x
+        where = (x, -rows / 2)
+        ax.add_patch(Rectangle(where, columns, rows, facecolor=colour, edgecolor="#333333", hatch=hatch))
+        ax.text(x + columns / 2, d_out / 2 + 0.5, label, ha="center", va="bottom")
+        ax.text(x + columns + gap / 2, 0, sign, ha="center", va="center", fontsize=13)
+        x += columns + gap
+
+    block(d_in, d_out, GREY, f"W ({d_out}, {d_in})", "+ s")
+    block(rank, d_out, COLOURS[1], f"B ({d_out}, {rank})", "×")
+    block(d_in, rank, COLOURS[1], f"A ({rank}, {d_in})", "=")
+    block(d_in, d_out, "#d6949e", f"merged ({d_out}, {d_in})", "", hatch="..")
+    ax.set_xlim(-0.5, x - gap + 0.5)
+    ax.set_ylim(-d_out / 2 - 0.5, d_out / 2 + 2.2)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    return ax

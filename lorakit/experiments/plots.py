@@ -23,14 +23,48 @@ def style(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes
     return ax
 
 
-def plot_loss(losses: Mapping[str, Sequence[float]], ax: Axes, title: str = "") -> Axes:
-    """Draws training losses, in nats a labelled token, against the step, one line a run."""
+def plot_loss(
+    losses: Mapping[str, Sequence[float]], ax: Axes, title: str = "", held_out: Sequence[tuple[int, float]] = ()
+) -> Axes:
+    """Draws training losses, in nats per labelled token, against the step, one line a run.
+
+    Args:
+        losses: label -> the loss of every step.
+        ax: where to draw.
+        title: the question that the figure answers.
+        held_out: (steps done, loss on held-out examples), as in `History.validation`; drawn as dots, joined by a line.
+    """
     for (label, values), colour in zip(losses.items(), COLOURS, strict=False):
         ax.plot(range(1, len(values) + 1), values, color=colour, label=label)
+    if held_out:
+        ax.plot(*zip(*held_out, strict=True), "o--", color="#333333", ms=5, label="held out")
     ax.set_ylim(bottom=0)
-    if len(losses) > 1:
+    if len(ax.lines) > 1:
         ax.legend(frameon=False)
-    return style(ax, title, "optimiser step", "loss (nats a token)")
+    return style(ax, title, "optimiser step", "loss (nats per token)")
+
+
+def plot_memory(arms: Mapping[str, Mapping[str, float]], ax: Axes, title: str = "") -> Axes:
+    """Draws bytes as bars, an arm each, stacked by kind.
+
+    Args:
+        arms: arm -> kind -> bytes; all arms have the same kinds.
+        ax: where to draw.
+        title: the question that the figure answers.
+    """
+    kinds = list(next(iter(arms.values())))
+    ends = [0.0] * len(arms)
+    for kind, colour, hatch in zip(kinds, (GREY, *COLOURS), ("", "//", "..", "\\\\", "xx", "++", "oo"), strict=False):
+        sizes = [arm[kind] / 1e6 for arm in arms.values()]
+        ax.barh(list(arms), sizes, left=ends, color=colour, hatch=hatch, edgecolor="white", label=kind)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    for place, end in enumerate(ends):
+        ax.text(end, place, f" {end:,.0f}", va="center")
+    ax.set_xlim(0, 1.12 * max(ends))
+    ax.invert_yaxis()
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    style(ax, title, "memory (MB)").grid(visible=False)
+    return ax
 
 
 def plot_accuracy(arms: Mapping[str, Mapping[str, tuple[float, float, float]]], ax: Axes, title: str = "") -> Axes:

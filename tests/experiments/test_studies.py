@@ -39,6 +39,14 @@ def test_a_study_is_complete_and_holds_nothing_else(folder, monkeypatch):
 
 
 def test_every_folder_of_records_belongs_to_a_study():
-    assert {folder.name for folder in FOLDERS} == {"intrinsic", "lowrank", "merging", "methods", "qlora", "sft"}
+    assert {folder.name for folder in FOLDERS} == {
+        "intrinsic",
+        "lowrank",
+        "merging",
+        "methods",
+        "qlora",
+        "sft",
+        "untrained",
+    }
     assert not [path for path in DATA.glob("*/results*.json")]
     assert importlib.util.find_spec("lorakit.experiments.recorded") is None
