@@ -6,7 +6,7 @@ difference d over n seeds has Student's interval d ± t s / sqrt(n). For shares 
 narrower than the questions alone would make it, with p (1 - p) / questions as the variance of each arm and the normal
 distribution's factor for t: seeds that happen to agree decide nothing by it.
 
-A bootstrap over seeds is not used: with five seeds its percentiles hold about 83 % instead of 95 % (for normal values).
+A bootstrap over seeds is not used: with five seeds its 95 % percentiles hold the mean in about 84 % (of normal values).
 """
 
 import math

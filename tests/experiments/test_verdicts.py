@@ -238,6 +238,16 @@ def test_of_many_arms_any_is_separated_once_in_twenty(name):
     assert sum(MANY[name].judged(any_separated, 200)) <= at_most(0.05, 200)
 
 
+def test_arms_averaged_by_seed_err_once_in_twenty_and_pooled_ones_far_more_often():
+    """Three arms on each side that fall and rise together with their seeds, and no true difference."""
+    rng, averaged, pooled = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        sides = rng.normal(size=(2, 1, 5)) + 0.5 * rng.normal(size=(2, 3, 5))
+        averaged += compare(*([by_seed(row) for row in side] for side in sides)).outcome != UNDECIDED
+        pooled += difference(*(side.ravel().tolist() for side in sides)).verdict != UNDECIDED
+    assert averaged <= at_most(0.05, 300) < 0.15 * 300 < pooled
+
+
 @pytest.mark.parametrize(("shift", "least"), [(0.2, 0.6), (0.4, 0.99)])
 def test_what_is_there_is_seen_and_never_the_other_way_round(shift, least):
     plant = Plant((0.5, 0.5 + shift), (0.1, 0.1))
