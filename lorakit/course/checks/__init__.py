@@ -13,6 +13,12 @@ from lorakit.course.checks.lesson_01_low_rank import (
     check_rank_for_energy,
     check_recount,
 )
+from lorakit.course.checks.lesson_02_inside import (
+    check_forward,
+    check_inject,
+    check_masked_loss,
+    check_training_step,
+)
 from lorakit.course.checks.lesson_02_lora import (
     check_first_update,
     check_grow,
@@ -77,12 +83,15 @@ __all__ = [
     "check_dora",
     "check_equivalent",
     "check_first_update",
+    "check_forward",
     "check_four_bits",
     "check_grow",
+    "check_inject",
     "check_is_active",
     "check_largest_rank",
     "check_layer",
     "check_mask",
+    "check_masked_loss",
     "check_memory",
     "check_merge",
     "check_pack_row",
@@ -97,6 +106,7 @@ __all__ = [
     "check_swallowed",
     "check_swap",
     "check_tradeoff",
+    "check_training_step",
     "check_verdict",
     "check_wrong",
     "your_turn",

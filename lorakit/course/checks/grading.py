@@ -43,13 +43,14 @@ def your_turn(check: Callable[[Any], None], answer: Any) -> None:
         print(f"Not right yet. It ended in {type(error).__name__}: {error}")
 
 
-def ask(function: Any, *inputs: Any, on: str) -> Any:
+def ask(function: Any, *inputs: Any, on: str, in_place: bool = False) -> Any:
     """Returns what `function` answers to copies of `inputs`; whatever goes wrong on the way becomes a CheckFailed.
 
     Args:
         function: what the reader handed over; anything may come.
         inputs: arguments; the function must leave them as they are.
         on: the input in words, with which every message begins.
+        in_place: whether the function gets the arguments themselves, and may change them.
 
     Raises:
         CheckFailed: not a function, an exception inside it, no result, or an input was changed.
@@ -57,7 +58,7 @@ def ask(function: Any, *inputs: Any, on: str) -> Any:
     """
     if not callable(function):
         raise CheckFailed(f"expected a function, got {_kind(function)}: pass its name, without calling it")
-    given = copy.deepcopy(inputs)
+    given = inputs if in_place else copy.deepcopy(inputs)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
