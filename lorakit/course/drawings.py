@@ -1,9 +1,14 @@
 """The course's drawings: pictures of an idea, to scale, where `experiments.plots` draws measurements."""
 
+from collections.abc import Iterable
+
+import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from lorakit.experiments.plots import COLOURS, GREY
+from lorakit.layers.lowrank import captured_energy, truncated_svd
 
 
 def draw_lora(ax: Axes, d_in: int, d_out: int, rank: int) -> Axes:
@@ -62,3 +67,24 @@ def draw_merge(ax: Axes, d_in: int, d_out: int, rank: int) -> Axes:
     ax.set_aspect("equal")
     ax.axis("off")
     return ax
+
+
+def draw_sum(above: Iterable[Axes], below: Iterable[Axes], matrix: Tensor) -> None:
+    """Draws a matrix as a sum of outer products: each term of its SVD above, the sum of the first k below.
+
+    Args:
+        above, below: as many axes as terms are to be drawn, and one more, for the whole matrix, below.
+        matrix: with that many terms at least. All panels have one scale, white is the smallest entry.
+    """
+    above, (U, S, Vh) = list(above), truncated_svd(matrix, min(matrix.shape))
+    terms = [S[i] * torch.outer(U[:, i], Vh[i]) for i in range(len(above))]
+    sums = list(torch.stack(terms).cumsum(0))
+    low, high = (extreme.item() for extreme in torch.stack([*terms, *sums, matrix]).aminmax())
+    above_titles = [f"$\\sigma_{{{i}}} u_{{{i}}} v_{{{i}}}^\\top$" for i in range(1, len(terms) + 1)]
+    below_titles = [f"$M_{{{k}}}$: {captured_energy(S, k):.1%} of the energy" for k in range(1, len(terms) + 1)]
+    panels = [*zip(above, terms, above_titles, strict=True)]
+    panels += zip(below, [*sums, matrix], [*below_titles, f"$M$, rank {torch.linalg.matrix_rank(matrix)}"], strict=True)
+    for ax, values, title in panels:
+        ax.imshow(values.numpy(), cmap="Greys", vmin=low, vmax=high)
+        ax.set_title(title, fontsize=9)
+        ax.set(xticks=[], yticks=[])

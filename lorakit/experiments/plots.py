@@ -1,10 +1,12 @@
 """The course's figures: each function draws on an axis and returns it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from lorakit.experiments.stats import mean_interval
@@ -12,6 +14,7 @@ from lorakit.experiments.stats import mean_interval
 # Paul Tol's "bright" scheme, safe for the colour-blind
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 GREY = "#bbbbbb"
+DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dvx"  # lines are told apart without their colours, too
 
 
 def style(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:
@@ -98,8 +101,9 @@ def plot_energy(spectra: Mapping[str, Sequence[float]], ax: Axes, title: str = "
         ax: where to draw.
         title: the question that the figure answers.
     """
-    for (label, shares), colour in zip(spectra.items(), (*COLOURS[:2], GREY, *COLOURS[2:]), strict=False):
-        ax.plot(range(1, len(shares) + 1), [100 * share for share in shares], color=colour, label=label, lw=2)
+    for i, (label, shares) in enumerate(spectra.items()):
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        ax.plot(range(1, len(shares) + 1), [100 * share for share in shares], dash, color=colour, label=label, lw=2)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
     ax.set_ylim(0, 104)
@@ -138,10 +142,10 @@ def plot_against(
         title: the question that the figure answers.
         xlabel: the size, with its unit.
     """
-    for (label, points), colour in zip(arms.items(), COLOURS, strict=False):
+    for (label, points), colour, dash, marker in zip(arms.items(), COLOURS, cycle(DASHES), MARKERS, strict=False):
         sizes = sorted(points)
         share, low, high = ([100 * points[size][k] for size in sizes] for k in range(3))
-        ax.plot(sizes, share, "o-", color=colour, label=label, lw=2)
+        ax.plot(sizes, share, marker=marker, ls=dash, color=colour, label=label, lw=2)
         ax.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
@@ -150,8 +154,38 @@ def plot_against(
     return style(ax, title, xlabel, "right answers (%), 95 % interval")
 
 
+def plot_numbers(
+    arms: Mapping[str, Mapping[Any, float]], ax: Axes, title: str = "", xlabel: str = "", ylabel: str = ""
+) -> Axes:
+    """Draws positive numbers on a logarithmic axis, one line an arm: against a size, or at a name's place without it.
+
+    Args:
+        arms: arm -> size or name -> number. Sizes get a logarithmic axis.
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel: the size, with its unit.
+        ylabel: the number, with its unit.
+    """
+    named = any(isinstance(place, str) for points in arms.values() for place in points)
+    looks = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
+    for (label, points), (colour, dash, marker) in zip(arms.items(), looks, strict=False):
+        ax.plot(list(points), list(points.values()), ls="" if named else dash, marker=marker, color=colour, label=label)
+    ax.set_yscale("log")
+    if not named:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, xlabel, ylabel)
+
+
 def plot_similarity(
-    grid: Sequence[Sequence[float]], ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "", most: float = 1.0
+    grid: Sequence[Sequence[float]],
+    ax: Axes,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    most: float = 1.0,
+    least: float = 0.0,
 ) -> Axes:
     """Draws subspace similarities as a map: entry (i - 1, j - 1) compares the first i with the first j directions.
 
@@ -162,8 +196,10 @@ def plot_similarity(
         xlabel: whose directions j counts.
         ylabel: whose directions i counts.
         most: the similarity that is drawn darkest.
+        least: the one that is drawn white. Above 0 the scale is logarithmic, and shows small ones, too.
     """
-    image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=most, aspect="auto", origin="lower")
+    scale = {"norm": LogNorm(least, most, clip=True)} if least else {"vmin": 0, "vmax": most}
+    image = ax.imshow(grid, cmap="Blues", aspect="auto", origin="lower", **scale)
     rows, columns = len(grid), len(grid[0])
     ax.set_yticks(range(rows), [str(i) for i in range(1, rows + 1)])
     ax.set_xticks(range(columns), [str(j) for j in range(1, columns + 1)])

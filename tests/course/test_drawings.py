@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
-from lorakit.course.drawings import draw_lora, draw_merge
+from lorakit.course.drawings import draw_lora, draw_merge, draw_sum
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(12, 10, 2), (4, 16, 1)])
@@ -27,4 +28,17 @@ def test_a_merge_is_drawn_to_scale_and_without_overlap(d_in, d_out, rank):
     assert shapes == [(d_out, d_in), (d_out, rank), (rank, d_in), (d_out, d_in)]
     ends = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
     assert all(end < start for (_, end), (start, _) in pairwise(ends))
+
+
+def test_a_matrix_is_drawn_as_the_sum_of_its_terms():
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 9)
+    fig, axes = plt.subplots(2, 4)
+    draw_sum(axes[0, :3], axes[1], matrix)
+    terms, sums = ([torch.tensor(ax.get_images()[0].get_array()) for ax in row] for row in (axes[0, :3], axes[1]))
+    torch.testing.assert_close(sum(terms), sums[2])
+    torch.testing.assert_close(sums[3], matrix)
+    assert [torch.linalg.matrix_rank(each, rtol=1e-5).item() for each in (*terms, *sums)] == [1, 1, 1, 1, 2, 3, 6]
+    assert len({ax.get_images()[0].get_clim() for ax in [*axes[0, :3], *axes[1]]}) == 1, "one scale for all"
+    assert axes[1, 3].get_title().endswith("rank 6")
     plt.close(fig)

@@ -1,9 +1,16 @@
-"""Figures show the numbers that they are given, where their axes say."""
+"""Figures show the numbers that they are given, where their axes say, and can be read without colours."""
 
 import matplotlib.pyplot as plt
 import pytest
 
-from lorakit.experiments.plots import plot_loss, plot_memory
+from lorakit.experiments.plots import (
+    plot_against,
+    plot_energy,
+    plot_loss,
+    plot_memory,
+    plot_numbers,
+    plot_similarity,
+)
 
 
 @pytest.fixture
@@ -30,3 +37,40 @@ def test_a_held_out_loss_stands_at_the_steps_where_it_was_taken(ax):
 
 def test_one_line_needs_no_legend(ax):
     assert plot_loss({"training": [1.0]}, ax).get_legend() is None
+
+
+INTERVALS = {size: (0.5, 0.4, 0.6) for size in (1, 8, 64)}
+LINES = {
+    plot_energy: [0.2, 0.7, 1.0],
+    plot_against: INTERVALS,
+    plot_numbers: {1: 0.01, 2: 0.1, 4: 1.0},
+}
+
+
+@pytest.mark.parametrize(("plot", "line"), LINES.items(), ids=[plot.__name__ for plot in LINES])
+def test_lines_differ_in_more_than_their_colour(plot, line, ax):
+    plot({name: line for name in "abcd"}, ax)
+    looks = [(each.get_linestyle(), each.get_marker()) for each in ax.get_lines()]
+    assert len(set(looks)) == len(looks) == 4
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list("abcd")
+
+
+def test_numbers_stand_at_their_sizes_or_names_in_the_order_given(ax):
+    plot_numbers({"a": {1: 3.0, 4: 30.0}, "b": {4: 5.0}}, ax, xlabel="k", ylabel="answers")
+    assert [each.get_xydata().tolist() for each in ax.get_lines()] == [[[1, 3], [4, 30]], [[4, 5]]]
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "log", "k", "answers")
+    ax.clear()
+    plot_numbers({"a": {"large": 3.0, "small": 1.0}}, ax)
+    assert [list(each.get_xdata(orig=True)) for each in ax.get_lines()] == [["large", "small"]]
+    assert ax.get_lines()[0].get_linestyle() == "None", "between two names there is nothing to connect"
+
+
+def test_a_small_similarity_is_not_drawn_white(ax):
+    shade = {}
+    for least in (0.0, 0.01):
+        ax.clear()
+        plot_similarity([[0.01, 0.05], [0.002, 1.0]], ax, least=least)
+        image = ax.get_images()[0]
+        shade[least] = [float(image.norm(value)) for value in (0.01, 0.05, 0.002, 1.0)]
+    assert shade[0.0] == pytest.approx([0.01, 0.05, 0.002, 1.0])
+    assert shade[0.01] == pytest.approx([0.0, 0.349, 0.0, 1.0], abs=0.001)
