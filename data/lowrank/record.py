@@ -1,13 +1,17 @@
-"""Trains LoRA adapters of two ranks with several seeds on the SQL task and records how alike their subspaces are.
+"""Records how alike the subspaces of trained LoRA adapters are, and how the optimiser shapes a full update's spectrum.
 
     python data/lowrank/record.py
 
-records in trainings and pairs, and writes adapters.safetensors beside this file: lesson 01 reads all of it. About six
-minutes on two cores. A trained adapter is kept in runs/lowrank, which is not part of the repository, and trained again
-if it is gone; a second start makes only the runs that are missing.
+records in trainings and pairs, and writes adapters.safetensors beside this file: about six minutes on two cores. A
+trained adapter is kept in runs/lowrank, which is not part of the repository, and trained again if it is gone. The
+records in optimizers, of the tiny base, take three more. Lesson 01 reads all of it; a second start makes only the runs
+that are missing.
 """
 
 import os
+import time
+from collections import deque
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +25,10 @@ from lorakit._atomic import write_atomically
 from lorakit.experiments.records import record_path
 from lorakit.experiments.sweep import sweep
 from lorakit.layers import lowrank
+from lorakit.tasks.facts import facts, recall
+from lorakit.tasks.task import encoded
+from lorakit.training.batch import collate
+from lorakit.training.loss import completion_loss
 
 HERE = Path(__file__).resolve().parent
 PARTS = HERE.parents[1] / "runs" / "lowrank"
@@ -31,6 +39,10 @@ PAIRS = [{"left": left, "right": right} | HOW for left, right in combinations(TR
 KEPT = ("model.layers.15.self_attn.q_proj", "model.layers.15.self_attn.v_proj")  # their matrices are stored, float32
 DIRECTIONS = (1, 2, 4, 8)
 TEST_ITEMS = 96
+OPTIMIZERS = {"adamw": None, "sgd": torch.optim.SGD, "momentum": partial(torch.optim.SGD, momentum=0.9)}
+RATES = {"adamw": [1e-3, 3e-3, 1e-2], "sgd": [0.1, 0.3, 1.0], "momentum": [0.01, 0.03, 0.1, 0.3]}
+FULL = {"model": "tiny", "n_facts": 24, "steps": 600, "batch_size": 8, "until": 0.05}  # until: nats a token
+TUNING_SEED, SEEDS = 0, [1, 2, 3, 4, 5]
 
 
 def examples(tokenizer, split, version, n=None):
@@ -104,7 +116,53 @@ def compare(left, right, **how):
     return {letter: alike(*found[letter]) for letter in "AB"} | start | {"one layer": one}
 
 
+def fine_tune(optimizer, lr, seed, model, n_facts, steps, batch_size, until):
+    """Teaches facts to every weight until their loss is low; returns how far it came, and its updates' spectra."""
+    (plain, tokenizer), cpu = lorakit.load_model(model), time.process_time()
+    layers = {name: plain.get_submodule(name) for name in lorakit.find_targets(plain)}
+    start = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    items, recent = facts(n_facts, seed), deque(maxlen=n_facts // batch_size)  # the losses of each fact's last batch
+
+    def enough(step):
+        recent.append(step.loss)
+        return "stop" if len(recent) == recent.maxlen and sum(recent) / len(recent) < until else None
+
+    history = lorakit.fit(
+        plain,
+        encoded(tokenizer, items),
+        lr=lr,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        schedule="constant",
+        optimizer=OPTIMIZERS[optimizer],
+        after_step=enough,
+        show=False,
+    )
+    with torch.no_grad():
+        loss = completion_loss(plain, collate(encoded(tokenizer, items))).item()
+        spectra = [torch.linalg.svdvals(layer.weight - start[name]) for name, layer in layers.items()]
+    measures = {"stable": lowrank.stable_rank, "effective": lowrank.effective_rank, "norm": torch.linalg.vector_norm}
+    measures["energy at 8"] = partial(lowrank.captured_energy, k=8)
+    means = {name: sum(float(measure(s)) for s in spectra) / len(spectra) for name, measure in measures.items()}
+    reached = {"steps_made": len(history.loss), "loss": loss, "recall": recall(plain, tokenizer, items)}
+    return reached | means | {"cpu_seconds": round(time.process_time() - cpu, 2)}
+
+
+def tuning():
+    """The runs that choose each optimiser's learning rate: the one that is there in the fewest steps."""
+    return [{"optimizer": name, "lr": lr, "seed": TUNING_SEED} | FULL for name, rates in RATES.items() for lr in rates]
+
+
+def repeats(tuned):
+    """The runs that count: every optimiser at its best rate, paired by seed."""
+    best = tuned.sort_values(["steps_made", "loss"]).drop_duplicates("optimizer").set_index("optimizer").lr
+    return [{"optimizer": name, "lr": float(best[name]), "seed": seed} | FULL for name in RATES for seed in SEEDS]
+
+
 def main():
+    tuned = sweep(fine_tune, tuning(), HERE / "optimizers", command="python data/lowrank/record.py")
+    sweep(fine_tune, repeats(tuned), HERE / "optimizers", command="python data/lowrank/record.py")
     sweep(train, TRAININGS.values(), HERE / "trainings", command="python data/lowrank/record.py")
     sweep(compare, PAIRS, HERE / "pairs", command="python data/lowrank/record.py")
     file = HERE / "adapters.safetensors"

@@ -28,6 +28,7 @@ def test_a_merge_is_drawn_to_scale_and_without_overlap(d_in, d_out, rank):
     assert shapes == [(d_out, d_in), (d_out, rank), (rank, d_in), (d_out, d_in)]
     ends = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
     assert all(end < start for (_, end), (start, _) in pairwise(ends))
+    plt.close(fig)
 
 
 def test_a_matrix_is_drawn_as_the_sum_of_its_terms():

@@ -8,9 +8,11 @@ from statistics import median
 
 import nbformat
 import pytest
+import transformers
 from helpers.tiny_llama import save_tiny_llama
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+import lorakit
 from lorakit.course import lessons, outputs
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -37,6 +39,17 @@ def test_a_lesson_runs_on_a_tiny_model_with_other_settings(path, tiny_llama, tmp
     result = lessons.run_lesson(path, lessons.lesson_parameters(path, "smoke", others), tmp_path / path.name)
     assert not result.error
     assert result.wall_seconds < SMOKE_SECONDS
+
+
+@pytest.mark.parametrize("name", ["tiny", "a GPT-2"])  # one cannot read the questions, the other has other layers
+def test_lesson_01_says_in_one_line_which_models_it_takes(name):
+    def load(name, device):
+        sizes = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64)
+        return (transformers.GPT2LMHeadModel(sizes), None) if name == "a GPT-2" else lorakit.load_model(name)
+
+    (cell,) = (c for c in code_cells(nbformat.read(LESSONS[1], as_version=4)) if "load_model(model_name" in c.source)
+    with pytest.raises(ValueError, match=f"^expected smollm2, or a model with layers q_proj and k_proj.*got {name}$"):
+        exec(cell.source, {"lorakit": lorakit, "load_model": load, "model_name": name, "device": "cpu"})
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.studies import load_study
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -335,6 +336,15 @@ def test_the_recorded_similarities_are_those_of_the_stored_matrices():
             assert math.isclose(lowrank.subspace_similarity(a, b, 8, 8), recorded, abs_tol=1e-4)
     assert len(pairs) == 3
     assert frame(RECORD / "trainings")["rank"].tolist() == [8, 64, 64]
+
+
+def test_each_recorded_optimiser_learnt_as_much_at_a_rate_with_neighbours_on_both_sides():
+    study = load_study("lowrank")
+    repeats = frame(RECORD / "optimizers", study.repeats(frame(RECORD / "optimizers", study.tuning())))
+    assert len(repeats) == len(study.RATES) * len(study.SEEDS)
+    assert repeats.steps_made.max() < study.FULL["steps"], "a run ended before its loss was low"
+    for name, rate in repeats.groupby("optimizer").lr.unique().items():
+        assert rate in study.RATES[name][1:-1]
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(20, 12, 4), (12, 20, 4), (6, 9, 11)])

@@ -1,4 +1,4 @@
-"""The checks of lesson 01's exercises: parameters, break-even, approximation, energy, bytes, a control, the gauge."""
+"""The checks of lesson 01 and its exercises: parameters, break-even, cuts, energy, subspaces, bytes, a control."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -245,3 +245,42 @@ def check_balance(balance: Any) -> None:
         balanced = same(new_B.T @ new_B, new_A @ new_A.T)
         require(balanced, on, f"B' B is not A A'; |B| = {sizes[0]:.3g}, |A| = {sizes[1]:.3g}: {hint}")
     print("right: the same update, and neither matrix is larger in any direction")
+
+
+@exercise("right: for each k, and for values in any size", "your share")
+def check_energy() -> Iterator[Case]:
+    """Checks `energy(S, k) -> share` in [0, 1]: what the k first of falling singular values hold of the energy."""
+    for seed, k in enumerate([1, 3, 6]):
+        S = 10**seed * torch.linalg.svdvals(random_matrix(6, 8, seed=seed))
+        mistakes = {
+            "adds singular values: energy is their square": S[:k].sum() / S.sum(),
+            "is not divided by the whole energy": S[:k].square().sum(),
+            "is the root of the right one: energy is the norm squared": S[:k].norm() / S.norm(),
+            "leaves out one value: [:k] takes k of them": captured_energy(S, k - 1),
+            "takes one value too many: [:k] takes k of them": captured_energy(S, min(k + 1, 6)),
+            "is the share that is left out": 1 - captured_energy(S, k),
+        }
+        yield Case(f"{len(S)} singular values, k = {k}", (S, k), captured_energy(S, k), mistakes)
+
+
+def _factors(got: Any, case: Case) -> Iterable[tuple[str, Any]]:
+    B, A = (as_tensor(each, case.on, name) for each, name in zip(parts(got, "B, A", case.on), "BA", strict=True))
+    (d_out, d_in), k = case.inputs[0].shape, case.inputs[1]
+    shapes, want = (tuple(B.shape), tuple(A.shape)), ((d_out, k), (k, d_in))
+    hint = ": is it (A, B)?" if shapes == want[::-1] else ""
+    require(shapes == want, case.on, f"expected shapes {want[0]} and {want[1]}, got {shapes[0]} and {shapes[1]}{hint}")
+    yield "the product B A", B @ A
+
+
+@exercise("right: B and A of rank k, and no other product of that rank is nearer", _factors)
+def check_cut() -> Iterator[Case]:
+    """Checks `cut(update, k) -> (B, A)`: thin factors whose product is the best approximation of rank k."""
+    for seed, (d_out, d_in, k) in enumerate([(6, 9, 2), (9, 6, 4), (7, 7, 1)]):
+        update = random_matrix(d_out, d_in, seed=seed)
+        U, S, Vh = truncated_svd(update, min(d_out, d_in))
+        mistakes = {
+            "leaves out the singular values: scale the columns of U by S": (U[:, :k], Vh[:k]),
+            "counts the singular values twice: one of the factors takes them": (U[:, :k] * S[:k], S[:k, None] * Vh[:k]),
+            "keeps the smallest singular values: torch gives the largest first": (U[:, -k:] * S[-k:], Vh[-k:]),
+        }
+        yield Case(f"an update ({d_out}, {d_in}), k = {k}", (update, k), (U[:, :k] * S[:k], Vh[:k]), mistakes)

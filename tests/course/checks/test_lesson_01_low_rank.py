@@ -29,6 +29,11 @@ def cut(matrix, k):
     return (U[:, :k] * S[:k]) @ Vh[:k]
 
 
+def factors(matrix, k):
+    U, S, Vh = svd(matrix)
+    return U[:, :k] * S[:k], Vh[:k]
+
+
 def cumulated(matrix):
     energy = torch.linalg.svdvals(matrix).square()
     return energy.cumsum(0) / energy.sum()
@@ -109,6 +114,17 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda B, A: (B * (A.norm() / B.norm()).sqrt(), A * (B.norm() / A.norm()).sqrt()), "one factor for all"),
         (lambda B, A: (A, B), "is it (A, B)?"),
         (lambda B, A: svd(B @ A)[::2], "cut U, S and Vh after r"),
+    ],
+    "check_energy": [
+        (lambda S, k: 100 * (S[:k] ** 2).sum() / (S**2).sum(), "your share should be"),
+        (lambda S, k: S[:k].sum() / S.sum(), "energy is their square"),
+        (lambda S, k: (S**2).cumsum(0) / (S**2).sum(), "should have shape ()"),
+    ],
+    "check_cut": [
+        (lambda M, k: factors(M, k)[::-1], "is it (A, B)?"),
+        (lambda M, k: cut(M, k), "expected `return B, A`"),
+        (lambda M, k: factors(M, k + 1), "expected shapes (6, 2) and (2, 9), got (6, 3) and (3, 9)"),
+        (lambda M, k: (svd(M)[0][:, :k], svd(M)[2][:k]), "leaves out the singular values"),
     ],
 }
 
