@@ -13,10 +13,11 @@ PYTHON  ?= python3
 PROFILE ?= laptop
 BIN     := .venv/bin
 READY   := .venv/lorakit-is-installed
-LESSONS  = $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+LESSONS  = $(shell ls -r notebooks/[0-9][0-9]_*.ipynb)
 INDEX    = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # two workers with one thread each do more than one with two threads; the tests of a file, or a lesson's cells, stay together
+# the lessons come in reverse order: the last takes longest, and begun first it does not run on alone
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # what lorakit gives its kernels (lorakit/course/runner.py), for JupyterLab and nbval
