@@ -36,6 +36,7 @@ from lorakit.course.checks.lesson_03_sft import (
     check_is_active,
     check_mask,
     check_pack_row,
+    check_padding_share,
 )
 from lorakit.course.checks.lesson_04_qlora import (
     check_codebook,
@@ -99,6 +100,7 @@ __all__ = [
     "check_memory",
     "check_merge",
     "check_pack_row",
+    "check_padding_share",
     "check_pissa",
     "check_rank_for_energy",
     "check_rank_table",

@@ -79,6 +79,25 @@ def check_mask() -> Iterator[Case]:
         yield Case(on, (prompt, reply, length, pad), *in_parts(*three))
 
 
+@exercise("right: the places that nobody fills, of all places in the batches", "the share")
+def check_padding_share() -> Iterator[Case]:
+    """Checks `padding_share(lengths, batch_size) -> share`: the padding among all places of padded batches."""
+    for lengths, size in ([3, 5, 4, 8], 2), ([7, 7, 7], 3), ([1, 9, 2, 3, 6], 2), ([4, 1, 1, 1, 10], 8):
+        batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        places, text = sum(len(batch) * max(batch) for batch in batches), sum(lengths)
+        means = [1 - sum(batch) / (len(batch) * max(batch)) for batch in batches]
+        wrong = {
+            "is the share of text: padding is what is left": text / places,
+            "pads all batches to one length: each is as long as its own longest text": 1
+            - text / (len(lengths) * max(lengths)),
+            "is the mean of the batches' shares: a long batch has more places": sum(means) / len(means),
+            "compares the padding with the text: divide by all places": (places - text) / text,
+            "gives the last batch more rows than it has": 1 - text / sum(size * max(batch) for batch in batches),
+            "sorts first: take the texts in the given order": 1 - text / _sorted_places(lengths, size),
+        }
+        yield Case(f"lengths {lengths}, batch_size {size}", (lengths, size), 1 - text / places, wrong)
+
+
 @exercise("right: long enough, a multiple of 8, and what it costs in labels", "max_length, lost")
 def check_choose_length() -> Iterator[Case]:
     """Checks `choose_length(lengths, most_cut) -> (max_length, lost)`: a multiple of 8, and what it cuts off."""
@@ -339,6 +358,11 @@ def _small_llama() -> nn.Module:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _sorted_places(lengths: list[int], size: int) -> int:
+    ordered = sorted(lengths)
+    return sum(len(batch) * max(batch) for batch in (ordered[i : i + size] for i in range(0, len(ordered), size)))
 
 
 def _truth(answer: Any, on: str) -> bool:
