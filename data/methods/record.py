@@ -192,7 +192,7 @@ def turn(method, lr, seed, model, version, steps, batch_size):
 
 def directions():
     """How far training turns each weight matrix, and how much it changes its length, at each method's own rate."""
-    rates = {"full": 3e-4} | {method: trainings(method) for method in ("LoRA", "DoRA")}  # full: best of data/sft's four
+    rates = {"full": 3e-4} | {method: trainings(method) for method in ("LoRA", "DoRA")}  # full: best of four
     how = {name: HOW[name] for name in ("model", "version", "steps", "batch_size")}
     grid = [{"method": method, "lr": lr, "seed": SEEDS} | how for method, lr in rates.items()]
     sweep(turn, grid, HERE / "directions", command=COMMAND + " directions")
