@@ -35,12 +35,11 @@ LORA = COMMON | {"arm": "LoRA", "rank": 16, "alpha": 32}
 FULL = COMMON | {"arm": "full"}
 PROMPT = COMMON | {"arm": "prompt tuning", "virtual_tokens": 20}
 GRIDS = {
-    "rates": [LORA | {"lr": [2e-3, 4e-3, 1e-3, 8e-3, 2e-4]}, FULL | {"lr": [2e-4, 4e-4, 1e-4, 8e-4]}],
+    "rates": [LORA | {"lr": [2e-3, 4e-3, 1e-3, 8e-3, 2e-4]}, FULL | {"lr": [2e-4, 4e-4, 1e-4, 8e-4, 1.6e-3, 5e-5]}],
     "prompt": [
         PROMPT | {"start": "words", "lr": [1e-1, 3e-1, 1.0, 3e-2]},
         PROMPT | {"start": "random", "lr": [3e-1]},
         PROMPT | {"start": "words", "lr": [3e-1], "steps": 140},
-        PROMPT | {"start": "random", "lr": [1.0, 1e-1]},
     ],
 }
 
@@ -120,10 +119,10 @@ def run(**how):
     return result
 
 
-def main():
-    for part in sys.argv[1:] or GRIDS:
+def main(parts=tuple(GRIDS)):
+    for part in parts:
         sweep(run, GRIDS[part], FOLDER, command=f"python data/sft/record.py {part}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or GRIDS)

@@ -1,5 +1,6 @@
 """The checks of what a reader writes inside lesson 02: forward pass, injection, loss and training step."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -75,7 +76,7 @@ def check_masked_loss() -> Iterator[Case]:
             "is divided by all positions: only labelled ones count": each.mean(),
             "is a mean of the rows' means: a long answer has more tokens, and counts for more": (rows / counted).mean(),
             "counts unlabelled positions too, as if -100 were a token": _loss(logits[:, :-1], labels[:, 1:].clamp(0)),
-            "is not in nats: take the natural logarithm": each.sum() / counted.sum() / torch.tensor(2.0).log(),
+            "is not in nats: take the natural logarithm": each.sum() / counted.sum() / math.log(2),
         }
         on = f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}"
         yield Case(on, (logits, labels), each.sum() / counted.sum(), mistakes)

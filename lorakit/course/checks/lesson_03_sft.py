@@ -104,7 +104,8 @@ def check_choose_length() -> Iterator[Case]:
     for seed, (count, most) in enumerate(DRAWS):
         generator = torch.Generator().manual_seed(seed)
         prompts = torch.randint(10, 60, (count,), generator=generator).tolist()
-        replies = (20 * torch.randn(count, generator=generator).exp()).int().add(1).tolist()
+        noise = torch.randn(count, generator=generator, dtype=torch.float32)
+        replies = (20 * noise.exp()).int().add(1).tolist()
         lengths = [*zip(prompts, replies, strict=True), (400, 12)]  # the last prompt alone may be too long
         totals, labels = [p + c for p, c in lengths], sum(c for _, c in lengths)
         least, of_replies, of_prompts = (
@@ -184,8 +185,8 @@ def check_pack_row() -> Iterator[Case]:
         given = [(prompt + reply, [IGNORE] * len(prompt) + reply) for prompt, reply in texts]
         ids, raw = ([token for text in given for token in text[i]] for i in (0, 1))
         places = [place for text, _ in given for place in range(len(text))]
-        owner = torch.tensor([i for i, (text, _) in enumerate(given) for _ in text])
-        block, causal = owner[:, None] == owner, torch.ones(len(ids), len(ids)).tril().bool()
+        owner = torch.tensor([i for i, (text, _) in enumerate(given) for _ in text], dtype=torch.long)
+        block, causal = owner[:, None] == owner, torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         want = [IGNORE if place == 0 else label for place, label in zip(places, raw, strict=True)]
         ends = [place == 0 for place in places[1:]] + [True]
         positions = {
