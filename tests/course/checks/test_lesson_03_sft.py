@@ -103,6 +103,11 @@ def masked_by_value(prompt, reply, length, pad):
 
 
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
+    "check_padding_share": [
+        (lambda lengths, _: 1 - sum(lengths) / (len(lengths) * max(lengths)), "pads all batches to one length"),
+        (lambda lengths, size: SOLVED["check_padding_share"](sorted(lengths), size), "sorts first"),
+        (lambda lengths, size: 1 - SOLVED["check_padding_share"](lengths, size), "is the share of text"),
+    ],
     "check_mask": [
         (lambda prompt, reply, length, pad: prompt + reply, "input_ids, attention_mask, labels`, got list of 8"),
         (masked_by_value, "length 10, pad_id 2: labels goes by value: what equals pad_id may be the end"),
