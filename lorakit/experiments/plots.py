@@ -1,7 +1,8 @@
 """The course's figures: each function draws on an axis and returns it."""
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from statistics import fmean
 from typing import Any
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
-from lorakit.experiments.stats import mean_interval
+from lorakit.experiments.stats import mean_interval, share_interval
 
 # Paul Tol's "bright" scheme, safe for the colour-blind
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -209,9 +210,17 @@ def plot_similarity(
 
 
 def plot_seeds(
-    arms: Mapping[str, Mapping[float | str, Sequence[float]]], ax: Axes, title: str = "", xlabel: str = ""
+    arms: Mapping[str, Mapping[float | str, Sequence[float]]],
+    ax: Axes,
+    title: str = "",
+    xlabel: str = "",
+    questions: int | None = None,
+    paired: bool = False,
 ) -> Axes:
-    """Draws every run as a dot, with the mean of each setting and its interval (Student's t), one colour an arm.
+    """Draws every run as a dot, with the mean of each setting and its 95 % interval, one colour an arm.
+
+    Means are drawn, and joined, at their settings; the dots of several arms stand a little beside, so that none hides
+    another, and at numbers nowhere more than a twelfth of the way to the next setting.
 
     Args:
         arms: arm -> setting -> shares in [0, 1], one a seed. Settings that are numbers get a logarithmic axis, names
@@ -219,23 +228,33 @@ def plot_seeds(
         ax: where to draw.
         title: the question that the figure answers.
         xlabel: what the settings are.
+        questions: how many each share is of, for the interval of `share_interval`; None for Student's, cut at 0 and 1.
+        paired: whether to join each seed's dots from setting to setting, which have the seeds in one order.
     """
     settings: list[Any] = list(dict.fromkeys(setting for points in arms.values() for setting in points))
     named = any(isinstance(setting, str) for setting in settings)
     settings = settings if named else sorted(settings)
-    for i, ((label, points), colour) in enumerate(zip(arms.items(), COLOURS, strict=False)):
-        aside = 0.1 * (i - (len(arms) - 1) / 2)  # arms beside each other
+    gap = 1.0 if named else min((math.log2(b / a) for a, b in pairwise(settings)), default=1.0)
+    width = gap * min(0.2 * (len(arms) - 1), 0.6 if named else 1 / 6)  # from the first arm to the last
+    looks = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
+    for i, ((label, points), (colour, dash, marker)) in enumerate(zip(arms.items(), looks, strict=False)):
+        aside = width * (i / (len(arms) - 1) - 0.5) if len(arms) > 1 else 0.0
         order = [setting for setting in settings if setting in points]
-        where = [settings.index(s) + 2 * aside if named else s * 2**aside for s in order]
+        where = [settings.index(s) + aside if named else s * 2**aside for s in order]
         for place, setting in zip(where, order, strict=True):
             shares = points[setting]
             ax.plot([place] * len(shares), [100 * share for share in shares], ".", color=colour, alpha=0.6, ms=5)
             if len(shares) > 1:
-                _, low, high = mean_interval(shares)
+                _, low, high = share_interval(shares, questions) if questions else mean_interval(shares)
                 ends = [100 * max(low, 0), 100 * min(high, 1)]
                 ax.plot([place] * 2, ends, color=colour, lw=5, alpha=0.25, solid_capstyle="butt")
+        for seed in zip(*(points[setting] for setting in order), strict=True) if paired else ():
+            ax.plot(where, [100 * share for share in seed], color=colour, lw=0.6, alpha=0.5)
         means = [100 * fmean(points[setting]) for setting in order]
-        ax.plot(where, means, "_" if named else "-", color=colour, label=label, ms=14, mew=2, lw=1.5)
+        if named:
+            ax.plot(where, means, "_", color=colour, label=label, ms=14, mew=2)
+        else:
+            ax.plot(order, means, dash, marker=marker, color=colour, label=label, lw=1.5, ms=4)
     if named:
         ax.set_xticks(range(len(settings)), settings)
     else:

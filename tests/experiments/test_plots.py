@@ -9,6 +9,7 @@ from lorakit.experiments.plots import (
     plot_loss,
     plot_memory,
     plot_numbers,
+    plot_seeds,
     plot_similarity,
 )
 
@@ -45,6 +46,7 @@ LINES = {
     plot_against: INTERVALS,
     plot_numbers: {1: 0.01, 2: 0.1, 4: 1.0},
 }
+SHARES = {300: [0.2, 0.4], 600: [0.5, 0.7]}
 
 
 @pytest.mark.parametrize(("plot", "line"), LINES.items(), ids=[plot.__name__ for plot in LINES])
@@ -74,3 +76,29 @@ def test_a_small_similarity_is_not_drawn_white(ax):
         shade[least] = [float(image.norm(value)) for value in (0.01, 0.05, 0.002, 1.0)]
     assert shade[0.0] == pytest.approx([0.01, 0.05, 0.002, 1.0])
     assert shade[0.01] == pytest.approx([0.0, 0.349, 0.0, 1.0], abs=0.001)
+
+
+@pytest.mark.parametrize("arms", [1, 2, 7])
+def test_means_of_seeds_stand_at_their_setting_and_dots_beside_it(arms, ax):
+    plot_seeds({f"arm {i}": SHARES for i in range(arms)}, ax)
+    means = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    assert [line.get_xydata().tolist() for line in means] == [
+        [[300, pytest.approx(30)], [600, pytest.approx(60)]]
+    ] * arms
+    assert len({(line.get_linestyle(), line.get_marker()) for line in means}) == arms
+    dots = [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "."]
+    assert len({round(x, 6) for x in dots}) == len(dots) == 2 * arms
+    assert all(min(abs(x / 300 - 1), abs(x / 600 - 1)) < 0.07 for x in dots)
+
+
+def test_pairs_of_seeds_are_joined_from_name_to_name(ax):
+    plot_seeds({"": {"one": [0.2, 0.4], "other": [0.5, 0.3]}}, ax, paired=True)
+    thin = [line.get_xydata().tolist() for line in ax.get_lines() if line.get_linewidth() < 1]
+    assert thin == [[[0, 20], [1, 50]], [[0, 40], [1, 30]]]
+
+
+def test_an_interval_of_shares_does_not_leave_them(ax):
+    plot_seeds({"": {"all": [1.0, 1.0, 1.0]}}, ax, questions=50)
+    (ends,) = (line.get_ydata() for line in ax.get_lines() if line.get_linewidth() == 5)
+    assert 97 < ends[0] < 98.5
+    assert ends[1] == 100, "three seeds that agree are not certain"
