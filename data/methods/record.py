@@ -1,12 +1,9 @@
-"""Trains SmolLM2 on the SQL task with the methods that PEFT has, each at its own learning rate; and what explains them.
+"""Trains the tiny base on facts with the methods that PEFT has, each at its own learning rate; and what explains them.
 
-    python data/methods/record.py            all studies, about three hours on two cores
-    python data/methods/record.py costs      one of STUDIES; costs wants an idle machine
+    python data/methods/record.py            all studies, about 40 minutes of a core
+    python data/methods/record.py facts      one of STUDIES; costs wants an idle machine
 
 Lesson 05 reads the records in folders of these names. A second start makes only the runs that are missing.
-
-The rate is tuned with seed 0 on questions in new words (`phrasings`): three neighbours of a ladder, and further ones as
-long as the best is at an edge. The best rate gets two more seeds; results are right answers about new tables.
 """
 
 import json
@@ -17,10 +14,16 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn import functional as F
 
 import lorakit
 from lorakit._optional import quiet
@@ -28,140 +31,208 @@ from lorakit.cost.memory import peak_bytes, returning_memory
 from lorakit.experiments.sweep import sweep
 from lorakit.layers.dora import magnitude_direction
 from lorakit.models.targets import find_targets
-from lorakit.speed.accelerated import accelerated
 from lorakit.tasks.facts import facts as new_facts
-from lorakit.tasks.facts import recall
+from lorakit.tasks.facts import known_facts
 from lorakit.tasks.task import encoded
-from lorakit.training.reference_loop import plain_loop
+from lorakit.training.batch import collate
+from lorakit.training.recipe import batches, schedule_share
 
 with quiet():
     import peft
+    from peft.tuners.oft.layer import OFTRotationModule
 
 HERE = Path(__file__).parent
-RANK, SEEDS = 16, [0, 1, 2]
-HOW = {"model": "smollm2", "version": 1, "steps": 44, "batch_size": 8}  # version: of the SQL task
-HOW |= {"tuning_items": 104, "test_items": 208}
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+RANK, SEEDS, TURNED = 16, list(range(10)), ("LoRA", "full", "DoRA", "DoRA, slow m")
+ONE_BY_ONE = ("AdaLoRA", "LoHa")  # PEFT's code for them does not pass through `vmap`
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-LORA = {"r": RANK, "lora_alpha": 2 * RANK} | ALL
-TINY = {"model": "tiny", "facts": 48, "steps": 150, "batch_size": 8}
+TINY = {"model": "tiny", "facts": 64, "batch_size": 8}
 COMMAND = "python data/methods/record.py"
-TEXT = "Write one SQLite query that answers the question about the table."
+HOW = {"together": ["lr", "seed"], "at_once": 10, "command": COMMAND + " facts"}
+TEXT, WORDS = "Write one SQLite query that answers the question about the table.", "extension of ada hopper ? 0 1 2 3"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: PEFT's configuration, where its tuning begins, and LoRA+'s ratio of rates."""
+    """One row of the table: PEFT's configuration by rank and steps, where its tuning begins, and rates of its own."""
 
-    config: type
-    settings: dict
-    lr: float
-    ratio: float = 1.0
+    config: type | None  # None: full fine-tuning
+    settings: Callable[[int, int], dict[str, Any]]
+    octave: float  # of the rate with which tuning begins, see `rate`
+    faster: dict[str, float] = field(default_factory=dict)  # part of a parameter's name -> multiple of the rate
+    ranked: bool = True  # whether it has a size to choose
 
 
+def lora(**more):
+    return lambda r, steps: {"r": r, "lora_alpha": 2 * r} | ALL | more
+
+
+def inside(start):
+    return lambda r, steps: {"r": r, "lora_alpha": r, "init_lora_weights": start} | ALL
+
+
+def adaptive(r, steps):
+    shape = {"init_r": 3 * r // 2, "target_r": r, "lora_alpha": 2 * r}
+    return shape | {"tinit": steps * 2 // 11, "tfinal": steps * 4 // 11, "total_step": steps} | ALL
+
+
+def prompt(r, steps):
+    tokens = {"num_virtual_tokens": 5 * r // 4, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": TEXT}
+    return {"task_type": "CAUSAL_LM"} | tokens
+
+
+PLACES = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 METHODS = {
-    "LoRA": Method(peft.LoraConfig, LORA, 3e-3),
-    "rsLoRA": Method(peft.LoraConfig, LORA | {"use_rslora": True}, 1e-3),
-    "DoRA": Method(peft.LoraConfig, LORA | {"use_dora": True}, 3e-3),
-    "LoRA+": Method(peft.LoraConfig, LORA, 3e-4, ratio=16.0),
-    "PiSSA": Method(peft.LoraConfig, LORA | {"lora_alpha": RANK, "init_lora_weights": "pissa"}, 1e-3),
-    "OLoRA": Method(peft.LoraConfig, LORA | {"lora_alpha": RANK, "init_lora_weights": "olora"}, 1e-3),
-    "AdaLoRA": Method(
-        peft.AdaLoraConfig,
-        {"init_r": 24, "target_r": RANK, "lora_alpha": 2 * RANK, "tinit": 8, "tfinal": 16, "total_step": HOW["steps"]}
-        | ALL,
-        1e-2,
-    ),
-    "LoHa": Method(peft.LoHaConfig, {"r": RANK // 2, "alpha": RANK} | ALL, 1e-2),
-    "LoKr": Method(peft.LoKrConfig, {"r": RANK, "alpha": 2 * RANK} | ALL, 1e-2),
-    "VeRA": Method(peft.VeraConfig, {"r": 256} | ALL, 3e-2),
-    "(IA)3": Method(
-        peft.IA3Config,
-        ALL | {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-        3e-2,
-    ),
-    "prompt tuning": Method(
-        peft.PromptTuningConfig,
-        {"task_type": "CAUSAL_LM", "num_virtual_tokens": 20, "prompt_tuning_init": "TEXT"}
-        | {"prompt_tuning_init_text": TEXT},
-        1e-1,
-    ),
-    "MiSS": Method(peft.MissConfig, {"r": 2 * RANK} | ALL, 1e-3),
-    "OFT": Method(peft.OFTConfig, {"oft_block_size": 32} | ALL, 1e-3),
-    "RoAd": Method(peft.RoadConfig, ALL, 1e-2),
+    "LoRA": Method(peft.LoraConfig, lora(), 2),
+    "full": Method(None, lambda r, steps: {}, 1, ranked=False),
+    "rsLoRA": Method(peft.LoraConfig, lora(use_rslora=True), 1),
+    "DoRA": Method(peft.LoraConfig, lora(use_dora=True), 2),
+    "DoRA, slow m": Method(peft.LoraConfig, lora(use_dora=True), 2.5, {"magnitude": 0.1}),
+    "LoRA+": Method(peft.LoraConfig, lora(), 0, {"lora_B": 16.0}),
+    "Gaussian": Method(peft.LoraConfig, lora(init_lora_weights="gaussian"), 2),
+    "PiSSA": Method(peft.LoraConfig, inside("pissa"), 2),
+    "OLoRA": Method(peft.LoraConfig, inside("olora"), 2),
+    "AdaLoRA": Method(peft.AdaLoraConfig, adaptive, 4),
+    "LoHa": Method(peft.LoHaConfig, lambda r, steps: {"r": r // 2, "alpha": r} | ALL, 4),
+    "LoKr": Method(peft.LoKrConfig, lambda r, steps: {"r": r, "alpha": 2 * r} | ALL, 5),
+    "VeRA": Method(peft.VeraConfig, lambda r, steps: {"r": 16 * r} | ALL, 7),
+    "MiSS": Method(peft.MissConfig, lambda r, steps: {"r": 2 * r} | ALL, 2),
+    "OFT": Method(peft.OFTConfig, lambda r, steps: {"oft_block_size": 2 * r} | ALL, 3),
+    "(IA)3": Method(peft.IA3Config, lambda r, steps: ALL | PLACES, 9, ranked=False),
+    "RoAd": Method(peft.RoadConfig, lambda r, steps: ALL, 6, ranked=False),
+    "prompt tuning": Method(peft.PromptTuningConfig, prompt, 5),
 }
+WIDE = {name: (1, 3) for name in ("LoRA", "Gaussian", "PiSSA", "OLoRA")}  # octaves of further rates
+WIDE |= {"full": (0, 2), "rsLoRA": (0, 2), "DoRA": (1, 3), "DoRA, slow m": (1, 3.5, 4), "LoRA+": (-1, 1)}
+COSTLY = [name for name in METHODS if name not in ("full", "DoRA, slow m", "Gaussian")]  # others cost as one of these
 
 
-def adapted(name, seed, base=HOW["model"]):
-    """The base with PEFT's adapters of that method, in training mode, and its tokenizer."""
+def rate(octave):
+    """The ladder of rates: 0.001 and a factor of two an octave."""
+    return float(f"{1e-3 * 2.0**octave:.4g}")
+
+
+def adapted(name, seed, base="smollm2", rank=RANK, steps=44):
+    """The base with PEFT's adapters of that method, in training mode, and its tokenizer; or all of it to be trained."""
     model, tokenizer = lorakit.load_model(base)
-    settings = dict(METHODS[name].settings)
+    if base == "tiny":
+        model.set_attn_implementation("eager")  # plain operations, for `vmap`
+    if METHODS[name].config is None:
+        return model.requires_grad_(True).train(), tokenizer
+    settings = METHODS[name].settings(rank, steps)
     if "prompt_tuning_init_text" in settings:
         settings["tokenizer_name_or_path"] = model.name_or_path
+        if base == "tiny":
+            settings["prompt_tuning_init_text"] = WORDS
     torch.manual_seed(seed)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, METHODS[name].config(**settings)).train(), tokenizer
 
 
-def train(name, model, examples, **recipe):
-    """`fit`; the same recipe in plain operations for the two methods whose loss is not that of the logits alone."""
-    if name in ("AdaLoRA", "prompt tuning"):
-        allocate = getattr(model.base_model, "update_and_allocate", None)
-        with accelerated(model, 70 * recipe["batch_size"], trains=True):
-            return plain_loop(model, examples, **recipe, **({"after_step": allocate} if allocate else {}))
-    return lorakit.fit(model, examples, **recipe, loraplus_ratio=METHODS[name].ratio, show=False).loss
+def rotations(self, Q, block_size, *_):
+    """PEFT's rotations of OFT with its defaults; out of place, since `vmap` allows nothing else."""
+    at = (self.rows * block_size + self.cols).expand(len(Q), -1)
+    upper = Q.new_zeros(len(Q), block_size**2).scatter(1, at, Q).view(-1, block_size, block_size)
+    K = upper - upper.mT
+    square = K @ K
+    return torch.eye(block_size, dtype=Q.dtype) + 2 * (K + square + square @ K) + square @ square
 
 
-def right(name, model, tokenizer, items, only_exact=False):
-    """Which items are answered rightly by their rows; those that are exact to the letter need not be generated."""
-    if name == "prompt tuning":
-        exact = [False] * len(items)
-    else:
-        exact = lorakit.exact_match(model, encoded(tokenizer, items), show=False)
-        if only_exact:
-            return exact
-    return lorakit.SQL.right(model, tokenizer, items, exact, max_new_tokens=32, show=False)
+def trained(method, models, examples, rates, seeds, steps, batch_size):
+    """`plain_loop` for several runs of a method at once: trains the models, and returns their losses, (K, steps)."""
+    model, faster = models[0], METHODS[method].faster
+    own = [dict(each.named_parameters()) for each in models]
+    names = [name for name, p in own[0].items() if p.requires_grad]
+    assert all(torch.equal(p, each[name]) for each in own for name, p in own[0].items() if name not in names)
+    params = {name: torch.stack([each[name].detach() for each in own]) for name in names}
+    for k, name in product(range(len(own)), names):
+        own[k][name].data = params[name][k]  # what moves is what the models have
+    texts = [collate(each) for each in examples]
+    assert all(text["attention_mask"].all() for text in texts)
+    ids, labels = (torch.stack([text[key] for text in texts]) for key in ("input_ids", "labels"))
+    orders = torch.tensor([list(batches(len(examples[0]), batch_size, steps, seed)) for seed in seeds])
+    runs, sides = torch.arange(len(seeds))[:, None], [(-1, *[1] * (params[name].ndim - 1)) for name in names]
+    ratios = [next((by for part, by in faster.items() if part in name), 1.0) for name in names]
+    first, second = ([torch.zeros_like(p) for p in params.values()] for _ in range(2))
+
+    def loss(values, ids, labels):
+        return functional_call(model, values, kwargs={"input_ids": ids, "labels": labels}).loss
+
+    def one_by_one(params, ids, labels):
+        found = [each(input_ids=i, labels=j).loss for each, i, j in zip(models, ids, labels, strict=True)]
+        grads = [torch.autograd.grad(x, [each[name] for name in names]) for x, each in zip(found, own, strict=True)]
+        return dict(zip(names, map(torch.stack, zip(*grads, strict=True)), strict=True)), torch.stack(found).detach()
+
+    step, losses = one_by_one if method in ONE_BY_ONE else vmap(grad_and_value(loss)), []
+    for each in models:
+        each.eval()  # nothing drops out
+    for i in range(steps):
+        grads, values = step(params, ids[runs, orders[:, i]], labels[runs, orders[:, i]])
+        clip = (1 / (sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt() + 1e-6)).clamp(max=1)
+        peak = torch.tensor(rates, dtype=torch.float32) * schedule_share(i, steps, math.ceil(steps / 10))
+        for g, p, m, v, side, ratio in zip(grads.values(), params.values(), first, second, sides, ratios, strict=True):
+            g.mul_(clip.view(side))
+            m.lerp_(g, 0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            p -= (ratio * peak / (1 - 0.9 ** (i + 1))).view(side) * m / ((v / (1 - 0.999 ** (i + 1))).sqrt() + 1e-8)
+        losses.append(values)
+        if method == "AdaLoRA":
+            for k, name in product(range(len(own)), names):
+                own[k][name].grad = grads[name][k]
+            for each in models:
+                each.base_model.update_and_allocate(i)
+    return torch.stack(losses, 1)
 
 
-def ranks(model):
-    """How many directions AdaLoRA has left each layer."""
-    modules = model.base_model.model.named_modules()
-    return {name: int(layer.lora_E["default"].count_nonzero()) for name, layer in modules if hasattr(layer, "lora_E")}
+@torch.no_grad()
+def scores(model, examples):
+    """The share of examples that are answered exactly, and nats per labelled token; vectors before the text pass."""
+    batch = collate(examples)
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]
+    nats = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum() / (labels != -100).sum()
+    exact = ((logits.argmax(-1) == labels) | (labels == -100)).all(-1)
+    return exact.float().mean().item(), nats.item() if nats.isfinite() else None
 
 
-def run(method, lr, seed, model, version, steps, batch_size, tuning_items, test_items):
-    """One training and its scores: `tuned_on` of the questions in new words, `right` of those about new tables."""
-    adapter, tokenizer = adapted(method, seed, model)
-    found = {"trained": sum(p.numel() for p in adapter.parameters() if p.requires_grad)}
-    taught, tuning, tests = (lorakit.load_sql(split, version=version) for split in ("train", "phrasings", "tables"))
-    tuning, tests = tuning[:tuning_items], tests[:test_items]
-    start, train_items = time.perf_counter(), encoded(tokenizer, taught)
-    losses = train(method, adapter, train_items, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
-    found |= {"train_seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
-    adapter.eval()
-    found["tuned_on"] = sum(right(method, adapter, tokenizer, tuning, only_exact=True))
-    found |= {"items": len(tests), "right": sum(right(method, adapter, tokenizer, tests))}
-    return found | ({"ranks": ranks(adapter)} if method == "AdaLoRA" else {})
+def fact_runs(settings):
+    """Trains the tiny base on facts, several rates and seeds of a method at once; what it then knows, and has lost."""
+    how = settings[0]
+    method, rank, steps = how["method"], how["rank"] or RANK, how["steps"]
+    models = [adapted(method, each["seed"], how["model"], rank, steps)[0] for each in settings]
+    base, tokenizer = lorakit.load_model(how["model"])
+    taught = [encoded(tokenizer, new_facts(how["facts"], each["seed"])) for each in settings]
+    rates, seeds = ([each[name] for each in settings] for name in ("lr", "seed"))
+    with mock.patch.object(OFTRotationModule, "_cayley_batch", rotations):
+        losses = trained(method, models, taught, rates, seeds, steps, how["batch_size"])
+    known, found = encoded(tokenizer, known_facts()), []
+    for model, examples, early in zip(models, taught, losses[:, :50].mean(1).tolist(), strict=True):
+        one = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        one |= dict(zip(("recall", "nats"), scores(model, examples), strict=True))
+        one |= dict(zip(("known", "known_nats"), scores(model, known), strict=True))
+        one["early"] = early if math.isfinite(early) else None
+        if method in TURNED and one["nats"] is not None:
+            plain = model if method == "full" else model.merge_and_unload()
+            one["changes"] = changes(base, plain)
+        if method == "AdaLoRA":
+            layers = {at: each for at, each in model.base_model.model.named_modules() if hasattr(each, "lora_E")}
+            one["ranks"] = {at: int(each.lora_E["default"].count_nonzero()) for at, each in layers.items()}
+        found.append({name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in one.items()})
+    return found
 
 
-def trainings(method):
-    """Tunes a method's rate and repeats the best with the other seeds; returns it. What is recorded is only read."""
-    first, command = LADDER.index(METHODS[method].lr), COMMAND + " trainings"
-    places = [first, first - 1, first + 1]
+def facts(method, rank, steps, seeds):
+    """A row of the table: rates half an octave apart, three at first, further ones while the best is at an edge."""
+    places = [METHODS[method].octave + k for k in (0, -0.5, 0.5)]
+    how = {"method": method, "rank": rank if METHODS[method].ranked else 0, "steps": steps, "seed": seeds} | TINY
     while True:
-        grid = {"method": method, "lr": [LADDER[i] for i in places], "seed": 0} | HOW
-        found = sweep(run, grid, HERE / "trainings", command=command)
-        assert len(found) == len(places), "another process is still tuning"
-        tuned = found.tuned_on.fillna(0).tolist()  # a run that diverged has none right
-        best = places[tuned.index(max(tuned))]  # the first of equals
-        missing = [i for i in (best - 1, best + 1) if i not in places and 0 <= i < len(LADDER)]
-        if not missing:
-            break
-        places.append(missing[0])
-    grid = {"method": method, "lr": LADDER[best], "seed": SEEDS[1:]} | HOW
-    sweep(run, grid, HERE / "trainings", command=command)
-    return LADDER[best]
+        found = sweep(fact_runs, how | {"lr": [rate(k) for k in places]}, HERE / "facts", **HOW)
+        nats = found.nats.fillna(99).groupby(found.lr).mean()  # none: it diverged
+        best = min(places, key=lambda k: nats[rate(k)])
+        further = [k for k in (best - 0.5, best + 0.5) if k not in places]
+        if not further:
+            return
+        places += further
 
 
 def started(method, seed, model):
@@ -182,73 +253,27 @@ def turn(method, lr, seed, model, version, steps, batch_size):
     after, tokenizer = started(method, seed, model)
     examples = encoded(tokenizer, lorakit.load_sql("train", version=version))
     losses = lorakit.fit(after, examples, steps=steps, batch_size=batch_size, lr=lr, seed=seed, show=False).loss
-    after, before = (after if method == "full" else lorakit.merge(after)), lorakit.load_model(model)[0]
+    after = after if method == "full" else lorakit.merge(after)
+    return {"loss": losses[-1], "changes": changes(lorakit.load_model(model)[0], after)}
+
+
+def changes(before, after):
+    """Of each linear layer the mean change of its rows' lengths and directions."""
     pairs = {
         name: (before.get_submodule(name).weight, after.get_submodule(name).weight) for name in find_targets(before)
     }
-    changes = {name: [float(f"{x:.4g}") for x in magnitude_direction(*pair)] for name, pair in pairs.items()}
-    return {"loss": losses[-1], "changes": changes}
+    with torch.no_grad():
+        return {name: [float(f"{x:.4g}") for x in magnitude_direction(*pair)] for name, pair in pairs.items()}
 
 
 def directions():
-    """How far training turns each weight matrix, and how much it changes its length, at each method's own rate."""
-    rates = {"full": 3e-4} | {method: trainings(method) for method in ("LoRA", "DoRA")}  # full: best of four
-    how = {name: HOW[name] for name in ("model", "version", "steps", "batch_size")}
-    grid = [{"method": method, "lr": lr, "seed": SEEDS} | how for method, lr in rates.items()]
-    sweep(turn, grid, HERE / "directions", command=COMMAND + " directions")
-
-
-def rule_runs(settings):
-    """The facts learnt with both scale rules at all rates: adapters of one rank and seed are trained together."""
-    first = settings[0]
-    model, tokenizer = lorakit.load_model(first["model"])
-    items = new_facts(first["facts"], first["seed"])
-    specs = [
-        lorakit.Spec(lorakit.LoRAConfig(s["rank"], s["alpha"], scale_rule=s["scale_rule"]), s["lr"], s["seed"])
-        for s in settings
+    """How far training turns each weight matrix of SmolLM2, and how much it changes its lengths, over rates."""
+    how = {"model": "smollm2", "version": 1, "steps": 44, "batch_size": 8}  # version: of the SQL task
+    grid = [
+        {"method": method, "lr": lr, "seed": [0, 1, 2]} | how
+        for method, lr in (("full", 3e-4), ("LoRA", 3e-3), ("DoRA", 3e-3))
     ]
-    recipe, found = {"steps": first["steps"], "batch_size": first["batch_size"], "show": False}, []
-    for fitted in lorakit.fit_many(model, encoded(tokenizer, items), specs, **recipe):
-        fitted.attach(model)
-        found.append({"recall": 0.0 if fitted.error else round(recall(model, tokenizer, items), 4)})
-        lorakit.remove(model)
-    return found
-
-
-def rslora():
-    """Does rsLoRA do what another learning rate does not? Ranks, rules and rates on the tiny base."""
-    grid = {"rank": [1, 4, 16, 256], "seed": SEEDS, "scale_rule": ["lora", "rslora"]}
-    grid |= {"lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "alpha": 8.0} | TINY
-    sweep(rule_runs, grid, HERE / "rslora", together=["scale_rule", "lr"], command=COMMAND + " rslora")
-
-
-STARTS = {"Kaiming": None, "Gaussian": None, "PiSSA": lorakit.pissa_start, "OLoRA": lorakit.olora_start}
-
-
-def start_run(start, lr, seed, rank, alpha, model, facts, steps, batch_size):
-    """One training: the facts known afterwards, and the mean loss of the first fifty steps."""
-    base, tokenizer = lorakit.load_model(model)
-    items = new_facts(facts, seed)
-    torch.manual_seed(seed)
-    if STARTS[start]:
-        lorakit.inject(base, rank, alpha, layer=lorakit.PiSSALinear, start=STARTS[start])
-    else:
-        lorakit.inject(base, rank, alpha)
-    if start == "Gaussian":
-        for layer in lorakit.adapters(base).values():
-            torch.nn.init.normal_(layer.A, std=1 / rank)  # as PEFT's "gaussian" has it
-    recipe = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "show": False}
-    try:
-        losses = lorakit.fit(base, encoded(tokenizer, items), **recipe).loss
-    except FloatingPointError:
-        return {"recall": 0.0, "early": math.inf}
-    return {"recall": round(recall(base, tokenizer, items), 4), "early": round(sum(losses[:50]) / 50, 4)}
-
-
-def starts():
-    """Where A and B start, on the tiny base: uniform (Kaiming), Gaussian, PiSSA, OLoRA, each at three rates."""
-    grid = {"start": list(STARTS), "lr": [1e-3, 3e-3, 1e-2], "seed": SEEDS, "rank": 4, "alpha": 8.0} | TINY
-    sweep(start_run, grid, HERE / "starts", command=COMMAND + " starts")
+    sweep(turn, grid, HERE / "directions", command=COMMAND + " directions")
 
 
 def cost(method):
@@ -316,12 +341,18 @@ def print_memory(method):
     print(json.dumps({"adapter_bytes": sum(own.values()) - plain, "step_bytes": grown}))
 
 
+def table():
+    """LoRA and what is near to it at rank 16, and some rates that are further off."""
+    for method, further in WIDE.items():
+        facts(method, RANK, 80, SEEDS)
+        how = {"method": method, "rank": RANK if METHODS[method].ranked else 0, "steps": 80, "seed": SEEDS} | TINY
+        sweep(fact_runs, how | {"lr": [rate(k) for k in further]}, HERE / "facts", **HOW)
+
+
 STUDIES = {
-    "trainings": lambda: [trainings(method) for method in METHODS],
-    "costs": lambda: sweep(cost, {"method": list(METHODS)}, HERE / "costs", command=COMMAND + " costs"),
+    "facts": table,
+    "costs": lambda: sweep(cost, {"method": COSTLY}, HERE / "costs", command=COMMAND + " costs"),
     "directions": directions,
-    "rslora": rslora,
-    "starts": starts,
 }
 
 

@@ -1,10 +1,11 @@
 """The course's drawings: pictures of an idea, to scale, where `experiments.plots` draws measurements."""
 
 from collections.abc import Iterable
+from math import hypot
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Arc, Rectangle
 from torch import Tensor
 
 from lorakit.experiments.plots import COLOURS, GREY
@@ -88,3 +89,40 @@ def draw_sum(above: Iterable[Axes], below: Iterable[Axes], matrix: Tensor) -> No
         ax.imshow(values.numpy(), cmap="Greys", vmin=low, vmax=high)
         ax.set_title(title, fontsize=9)
         ax.set(xticks=[], yticks=[])
+
+
+def draw_dora(plain: Axes, dora: Axes, row: tuple[float, float], update: tuple[float, float], length: float) -> None:
+    """Draws one row of a weight, with two inputs, as an arrow: what LoRA makes of it, and what DoRA does.
+
+    Args:
+        plain: where LoRA's step is drawn: the row, the update s B A, and their sum.
+        dora: the same axes' neighbour: the sum's direction at the length m, with m's circle.
+        row: of W.
+        update: of s B A.
+        length: m of this row.
+    """
+    total = row[0] + update[0], row[1] + update[1]
+    size = hypot(*total)
+    turned = total[0] * length / size, total[1] * length / size
+    for ax, title in (
+        (plain, "LoRA: one update turns and stretches"),
+        (dora, "DoRA: the length is m, whatever the turn"),
+    ):
+        looks = [(row, (0, 0), GREY, "-", "$W_{i:}$"), (update, row, COLOURS[1], ":", "$s\\,B_{i:}A$")]
+        looks += [(total, (0, 0), COLOURS[0], "-" if ax is plain else "--", "$W_{i:} + s\\,B_{i:}A$")]
+        looks += [] if ax is plain else [(turned, (0, 0), COLOURS[2], "-", "applied")]
+        for (x, y), (left, low), colour, dash, label in looks:
+            ax.annotate(
+                "",
+                (left + x, low + y),
+                (left, low),
+                arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2, "ls": dash},
+            )
+            ax.plot([], [], dash, color=colour, lw=2, label=label)
+        if ax is dora:
+            ax.add_patch(Arc((0, 0), 2 * length, 2 * length, theta2=90, color=COLOURS[2], ls=":"))
+        most = 1.1 * max(*row, *total, *turned)
+        ax.set(xlim=(0, most), ylim=(0, most), title=title, xlabel="weight of input 1", ylabel="weight of input 2")
+        ax.set_aspect("equal")
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        ax.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from lorakit.course.drawings import draw_lora, draw_merge, draw_sum
+from lorakit.course.drawings import draw_dora, draw_lora, draw_merge, draw_sum
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(12, 10, 2), (4, 16, 1)])
@@ -42,4 +42,16 @@ def test_a_matrix_is_drawn_as_the_sum_of_its_terms():
     assert [torch.linalg.matrix_rank(each, rtol=1e-5).item() for each in (*terms, *sums)] == [1, 1, 1, 1, 2, 3, 6]
     assert len({ax.get_images()[0].get_clim() for ax in [*axes[0, :3], *axes[1]]}) == 1, "one scale for all"
     assert axes[1, 3].get_title().endswith("rank 6")
+    plt.close(fig)
+
+
+def test_a_row_is_drawn_with_the_length_that_dora_gives_it():
+    fig, axes = plt.subplots(1, 2)
+    draw_dora(*axes, row=(2.0, 0.6), update=(0.4, 1.2), length=1.5)
+    tips = [[text.xy for text in ax.texts] for ax in axes]
+    assert tips[0] == [pytest.approx(tip) for tip in ((2.0, 0.6), (2.4, 1.8), (2.4, 1.8))]
+    assert tips[1][:3] == tips[0]
+    (x, y), (arc,) = tips[1][3], axes[1].patches
+    assert (x**2 + y**2) ** 0.5 == pytest.approx(1.5) == pytest.approx(arc.width / 2)
+    assert y / x == pytest.approx(1.8 / 2.4), "the direction is that of the sum"
     plt.close(fig)

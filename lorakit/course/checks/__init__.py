@@ -47,10 +47,10 @@ from lorakit.course.checks.lesson_04_qlora import (
 )
 from lorakit.course.checks.lesson_05_dora import (
     check_allocate,
-    check_dora,
     check_equivalent,
-    check_pissa,
+    check_portable,
     check_tradeoff,
+    check_turned,
 )
 from lorakit.course.checks.lesson_06_ablations import (
     check_confounds,
@@ -84,7 +84,6 @@ __all__ = [
     "check_control",
     "check_cut",
     "check_design",
-    "check_dora",
     "check_energy",
     "check_equivalent",
     "check_first_update",
@@ -101,7 +100,7 @@ __all__ = [
     "check_merge",
     "check_pack_row",
     "check_padding_share",
-    "check_pissa",
+    "check_portable",
     "check_rank_for_energy",
     "check_rank_table",
     "check_recount",
@@ -113,6 +112,7 @@ __all__ = [
     "check_swap",
     "check_tradeoff",
     "check_training_step",
+    "check_turned",
     "check_verdict",
     "check_wrong",
     "your_turn",

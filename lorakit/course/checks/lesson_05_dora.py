@@ -1,69 +1,90 @@
-"""The checks of lesson 05's exercises: DoRA's weight, a change of rates, a start in the weight, ranks, a trade-off."""
+"""The checks of lesson 05's exercises: turning and stretching, rates, a portable start, ranks, a trade-off."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
+from scipy.stats import norm as normal
 from scipy.stats import t as student
+from scipy.stats import ttest_ind
 from torch import Tensor
 
 from lorakit.course.checks.exercise import Case, exercise, in_parts
-from lorakit.course.checks.grading import as_tensor, ask, parts, random_matrix, require, same
-from lorakit.experiments.stats import difference
+from lorakit.course.checks.grading import as_tensor, ask, parts, random_matrix, require
 
 MATRICES = [(24, 40, 3, 1.5), (40, 24, 4, 0.5), (16, 16, 2, 2.0)]  # d_out, d_in, rank, s
 RANKS = [(24.0, 16, 64), (8.0, 64, 16), (16.0, 4, 4)]  # alpha, the rank that it is for, another rank
 SPLITS = [(24, 40, 3, 2.0), (40, 24, 5, 0.5), (16, 16, 16, 1.0)]  # d_out, d_in, rank, s
 SIZES = {"q_proj": 8, "k_proj": 6, "up_proj": 8, "down_proj": 10}  # directions of a layer
-ARMS: list[dict[str, Any]] = [  # name, accuracies of three seeds, seconds of a step, bytes
-    {"name": "LoRA", "accuracy": [0.94, 0.95, 0.93], "seconds": 1.0, "bytes": 900},
-    {"name": "QLoRA", "accuracy": [0.80, 0.89, 0.86], "seconds": 1.3, "bytes": 400},
-    {"name": "DoRA", "accuracy": [0.965, 0.975, 0.955], "seconds": 1.2, "bytes": 950},
-    {"name": "large", "accuracy": [0.985, 0.975, 0.995], "seconds": 1.4, "bytes": 990},
-    {"name": "slow", "accuracy": [0.93, 0.95, 0.94], "seconds": 1.5, "bytes": 950},
-    {"name": "small", "accuracy": [0.70, 0.69, 0.71], "seconds": 1.0, "bytes": 350},
-    {"name": "twin", "accuracy": [0.71, 0.69, 0.70], "seconds": 1.0, "bytes": 350},
-    {"name": "lucky", "accuracy": [1.00, 0.78, 0.99], "seconds": 0.9, "bytes": 990},
-    {"name": "steady", "accuracy": [0.91, 0.91, 0.92], "seconds": 1.1, "bytes": 850},
-    {"name": "shaky", "accuracy": [0.99, 0.90, 0.86], "seconds": 1.1, "bytes": 850},
-    {"name": "worst", "accuracy": [0.60, 0.62, 0.61], "seconds": 2.0, "bytes": 999},
-]
+# Arms: accuracy minus the pattern that each seed brings to all arms, seconds of a step, bytes
+OWN = {
+    "LoRA": ([0.00, 0.00, 0.00, 0.00, 0.00], 1.0, 900),
+    "QLoRA": ([-0.09, -0.06, -0.08, -0.07, -0.06], 1.3, 400),
+    "DoRA": ([0.03, 0.02, 0.01, 0.02, 0.02], 1.2, 950),
+    "large": ([0.05, 0.07, 0.02, 0.03, 0.08], 1.4, 990),
+    "slow": ([0.01, -0.02, 0.02, -0.01, 0.00], 1.5, 950),
+    "small": ([-0.24, -0.25, -0.23, -0.26, -0.22], 1.0, 350),
+    "twin": ([-0.22, -0.26, -0.24, -0.25, -0.23], 1.0, 350),
+    "lucky": ([0.24, -0.19, 0.11, -0.24, -0.02], 0.9, 990),
+    "steady": ([-0.03, -0.02, -0.03, -0.02, -0.02], 1.1, 850),
+    "shaky": ([-0.06, -0.01, -0.04, 0.00, -0.03], 1.1, 850),
+    "worst": ([-0.34, -0.32, -0.33, -0.35, -0.31], 2.0, 999),
+}
+PATTERN = [0.55, 0.64, 0.49, 0.70, 0.57]
 
 
-@exercise("right: rows have the lengths m, and a fresh layer is its base", "weight, start")
-def check_dora() -> Iterator[Case]:
-    """Checks `dora(W, A, B, s, m) -> (weight, start)`: what a DoRA layer applies, and the m of a fresh one."""
+def _arm(place: int, name: str) -> dict[str, Any]:
+    gaps, seconds, size = OWN[name]
+    shares = {seed: round(PATTERN[seed] + gaps[seed], 3) for seed in range(len(PATTERN))}
+    order = [(seed + place) % len(PATTERN) for seed in range(len(PATTERN))]  # as runs end, so that places say nothing
+    return {"name": name, "accuracy": {seed: shares[seed] for seed in order}, "seconds": seconds, "bytes": size}
+
+
+ARMS = [_arm(place, name) for place, name in enumerate(OWN)]
+
+
+@exercise("right: both turn alike, and DoRA's lengths are free", "turn, lora, dora")
+def check_turned() -> Iterator[Case]:
+    """Checks `turned(W, A, B, s, m) -> (turn, lora, dora)`: how far rows turn, and are stretched with either method."""
     for seed, (d_out, d_in, rank, s) in enumerate(MATRICES):
         W, A, B = (
             random_matrix(*shape, seed=seed + k) for k, shape in enumerate([(d_out, d_in), (rank, d_in), (d_out, rank)])
         )
-        m = random_matrix(d_out, seed=seed + 9).abs() + 0.5
-        V, rows = W + s * B @ A, m[:, None]
-        length = V.norm(dim=1, keepdim=True)
-        weight = {
-            "has the norms of columns: one length for each output is the norm of a row": rows * V / V.norm(dim=0),
-            "is divided by one number: every row has a length of its own": rows * V / V.norm(),
-            "is not divided by the lengths of W + s B A": rows * V,
-            "is divided by the lengths of W: the update changes them": rows * V / W.norm(dim=1, keepdim=True),
-            "has no s": rows * (W + B @ A) / (W + B @ A).norm(dim=1, keepdim=True),
-            "has no m: the directions are right, the lengths are 1": V / length,
-            "has m on the update alone: it is the length of the whole row": W + rows * s * B @ A / length,
-            "is divided by the squares of the lengths": rows * V / length.square(),
-            "is LoRA's": V,
-            "is W alone, with new lengths: where is the update?": rows * W / W.norm(dim=1, keepdim=True),
+        V, lengths = W + s * B @ A, W.norm(dim=1)
+        m = lengths * (1 + 0.3 * random_matrix(d_out, seed=seed + 9))
+        cosine = (W * V).sum(1) / (lengths * V.norm(dim=1))
+        columns = (W * V).sum(0) / (W.norm(dim=0) * V.norm(dim=0))
+        bare = W + B @ A
+        turn = {
+            "is the cosine: a row that does not turn should have 0": cosine.mean(),
+            "is of columns: each output's numbers are a row": (1 - columns).mean(),
+            "is of the whole matrix: every row has its own angle": 1 - (W * V).sum() / (W.norm() * V.norm()),
+            "is the angle: 1 minus its cosine is asked for": cosine.clamp(-1, 1).acos().mean(),
+            "has no s": (1 - (W * bare).sum(1) / (lengths * bare.norm(dim=1))).mean(),
+            "has no lengths: divide the product by both of them": (1 - (W * V).sum(1)).mean(),
         }
-        start = {
-            "is that of columns: one number for each output": W.norm(dim=0),
-            "is of ones: then every row would have length 1 at first": torch.ones(d_out, dtype=torch.float32),
-            "is the argument m: what must it be, so that a fresh adapter (B zero) changes nothing?": m,
-            "is that of the trained rows: at the start B is zero": V.norm(dim=1),
-            "is squared": W.square().sum(1),
-            "should have shape (d_out,), without a second dimension": W.norm(dim=1, keepdim=True),
+        lora = {
+            "is no share: divide by the length before": (V.norm(dim=1) - lengths).abs().mean(),
+            "is a share of the length after: divide by the one before": (lengths / V.norm(dim=1) - 1).abs().mean(),
+            "lets longer and shorter rows cancel: take the absolute value": (V.norm(dim=1) / lengths - 1).mean(),
+            "is the length of the update: how much longer is the sum?": ((V - W).norm(dim=1) / lengths).mean(),
+            "is of columns: each output's numbers are a row": (V.norm(dim=0) / W.norm(dim=0) - 1).abs().mean(),
+            "has no s": (bare.norm(dim=1) / lengths - 1).abs().mean(),
+            "is of squares": (V.norm(dim=1).square() / lengths.square() - 1).abs().mean(),
         }
-        both = (rows * V / length, weight), (W.norm(dim=1), start)
-        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, A, B, s, m), *in_parts(*both))
+        dora = {
+            "is LoRA's: DoRA gives each row the length |m_i|": (V.norm(dim=1) / lengths - 1).abs().mean(),
+            "is no share: divide by the length before": (m.abs() - lengths).abs().mean(),
+            "lets longer and shorter rows cancel: take the absolute value": (m.abs() / lengths - 1).mean(),
+            "takes m as a factor of the length: it is the length": (m.abs() * V.norm(dim=1) / lengths - 1).abs().mean(),
+            "is against LoRA's lengths: against those of W": (m.abs() / V.norm(dim=1) - 1).abs().mean(),
+            "is 0: that holds while m is as it started": torch.zeros((), dtype=torch.float32),
+        }
+        right = (1 - cosine).mean(), (V.norm(dim=1) / lengths - 1).abs().mean(), (m.abs() / lengths - 1).abs().mean()
+        both = in_parts(*zip(right, (turn, lora, dora), strict=True))
+        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, A, B, s, m), *both)
 
 
 @exercise("right: at one rank a rate of B, from rank to rank an alpha that grows with the root", "ratio, new_alpha")
@@ -90,49 +111,49 @@ def check_equivalent() -> Iterator[Case]:
         yield Case(f"alpha {alpha:g}, rank {rank}, new_rank {new}", (alpha, rank, new), *in_parts(*both))
 
 
-def _split(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
-    on, (W, rank, _) = case.on, case.inputs
-    A, B, residual = parts(got, "A, B, residual", on)
-    A, B, residual = (as_tensor(*each) for each in ((A, on, "A"), (B, on, "B"), (residual, on, "residual")))
-    require(residual.shape == W.shape, on, f"residual should have shape {tuple(W.shape)}, as W has")
-    for name, factor, shape in (("A", A, (rank, W.shape[1])), ("B", B, (len(W), rank))):
-        turned = f"got {tuple(factor.shape)}; is it transposed, or are A and B mixed up?"
+def _file(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    on, (W, A, _, s) = case.on, case.inputs
+    left, right = parts(got, "A_file, B_file", on)
+    left, right = as_tensor(left, on, "A_file"), as_tensor(right, on, "B_file")
+    for name, factor, shape in (("A_file", left, (2 * len(A), W.shape[1])), ("B_file", right, (len(W), 2 * len(A)))):
+        turned = f"got {tuple(factor.shape)}: the file has room for what trains and for what has been taken off"
         require(factor.shape == shape, on, f"{name} should have shape {shape}, {turned}")
-    yield "the product B A", B @ A
-    yield "residual", W.double() - residual  # which is never zero, as the residual of a full rank is
-    shares = torch.stack([A.norm(dim=1), B.norm(dim=0)])
-    require(same(shares[0], shares[1]), on, "A and B do not share the singular values: each gets their roots")
+    yield "the update s B_file A_file", s * right.double() @ left.double()
 
 
-@exercise("right: the largest directions train, the rest stays, and nothing has changed yet", _split)
-def check_pissa() -> Iterator[Case]:
-    """Checks `pissa(W, rank, s) -> (A, B, residual)`: products, shares and what is left; signs are free."""
+@exercise("right: whoever has W alone reads the model that was trained", _file)
+def check_portable() -> Iterator[Case]:
+    """Checks `portable(W, A, B, s) -> (A_file, B_file)`: a PiSSA adapter for those who have W, and not its residual."""
     for seed, (d_out, d_in, rank, s) in enumerate(SPLITS):
-        W = random_matrix(d_out, d_in, seed=seed)
-        U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-        top = slice(rank), S[:rank]
-        low = slice(-rank, None), S[-rank:] / s
+        W = random_matrix(d_out, d_in, seed=seed).double()
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
 
-        def factors(part: slice, values: Tensor, U=U, Vh=Vh) -> tuple[Tensor, Tensor]:
+        def start(part: slice, values: Tensor, U=U, Vh=Vh) -> tuple[Tensor, Tensor]:
             return values.sqrt()[:, None] * Vh[part], U[:, part] * values.sqrt()
 
-        A, B = factors(top[0], top[1] / s)
-        update, keep = s * B @ A, W.double() - s * B @ A
+        A0, B0 = start(slice(rank), S[:rank] / s)
+        low = start(slice(-rank, None), S[-rank:] / s)
+        bare = start(slice(rank), S[:rank])
+        A, B = (each + 0.1 * random_matrix(*each.shape, seed=seed + 5).double() for each in (A0, B0))
+
+        def both(A1: Tensor, B1: Tensor, sign: float = -1, A=A, B=B) -> tuple[Tensor, Tensor]:
+            return torch.cat([A, A1]), torch.cat([B, sign * B1], dim=1)
+
         wrong = {
-            "is W's part itself: with the scale in front it must be that, so divide by s": factors(*top),
-            "holds the smallest directions: take the largest": factors(*low),
-            "has the singular values in both factors: each gets their root": factors(top[0], top[1].square() / s),
-            "has no singular values": factors(top[0], torch.ones(rank, dtype=torch.float64) / s),
-            "is divided by s twice: by its root in each factor": factors(top[0], top[1] / s**2),
-            "is multiplied by s: divide": factors(top[0], top[1] * s),
+            "adds the start once more: take it off": both(A0, B0, 1),
+            "is what trains alone: over W it is added to the directions that W has kept": both(0 * A0, 0 * B0),
+            "has the start with W's own singular values: with s in front they are divided by it": both(*bare),
+            "takes the smallest directions off: PiSSA starts with the largest": both(*low),
+            "takes the trained A B off, and leaves nothing": both(A, B),
+            "pairs the old B with the new A: the start is B0 A0": both(A, B0),
+            "takes off the start alone: where is what trains?": (torch.cat([0 * A, A0]), torch.cat([0 * B, -B0], 1)),
         }
-        split = {hint: (*pair, keep) for hint, pair in wrong.items()} | {
-            "is W: take s B A off": (A, B, W),
-            "lacks the scale: it is W - s B A": (A, B, W.double() - update / s),
-            "is the part that trains: the rest stays behind": (A, B, update),
-            "is W + s B A: take it off": (A, B, W.double() + update),
-        }
-        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (W, rank, s), (A, B, keep), split)
+        if rank == min(W.shape):
+            del wrong["takes the smallest directions off: PiSSA starts with the largest"]
+        inputs = tuple(each.float() for each in (W, A, B))
+        wrong = {hint: (left.float(), right.float()) for hint, (left, right) in wrong.items()}
+        right = tuple(each.float() for each in both(A0, B0))
+        yield Case(f"W ({d_out}, {d_in}), rank {rank}, s {s}", (*inputs, s), right, wrong)
 
 
 def check_allocate(allocate: Any) -> None:
@@ -180,28 +201,32 @@ def _candidates(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
     yield "verdicts", verdicts
 
 
-@exercise("right: who is worth a look, and what three seeds can tell apart", _candidates)
+@exercise("right: who is worth a look, and what five seeds can tell apart", _candidates)
 def check_tradeoff() -> Iterator[Case]:
-    """Checks `tradeoff(arms) -> (candidates, verdicts)`: who is not beaten, and who differs from the first."""
-    for arms in (ARMS, ARMS[:3], [ARMS[1], ARMS[0], *ARMS[3:5]]):
+    """Checks `tradeoff(arms) -> (candidates, verdicts)`: who is not beaten, who differs from the first."""
+    for arms in ([ARMS[0], ARMS[7], ARMS[9]], ARMS[:6], ARMS[:3], [ARMS[1], ARMS[0], *ARMS[3:5]], ARMS):
         first, others = arms[0]["accuracy"], arms[1:]
-        rules = {
-            "compare means alone: how much do seeds scatter?": lambda a, b: _verdict(fmean(a) - fmean(b), 0),
-            "have 1.96 for t: with three seeds t is more than twice as large": lambda a, b: _interval(a, b, 1.96),
-            "take deviations for errors of means: these are smaller by the root of n": lambda a, b: _interval(
-                a, b, n=1
+        side = 1 - 0.025 / len(others)  # Bonferroni
+        t = float(student.ppf(side, len(first) - 1))
+
+        def verdicts(factor: float, pair: Callable = _pairs, first=first, others=others) -> dict[str, str]:
+            return {arm["name"]: _interval(pair(arm["accuracy"], first), factor) for arm in others}
+
+        each = float(student.ppf(0.975, len(first) - 1))
+        wrong = {
+            "compare means alone: how much do the pairs differ?": verdicts(0),
+            "have 95 % each: for k arms each interval is made with 1 - 0.05 / k": verdicts(each),
+            "have the normal distribution's factor: with five pairs t is larger": verdicts(float(normal.ppf(side))),
+            "take deviations for errors of means: these are smaller by the root of n": verdicts(t * len(first) ** 0.5),
+            "have more and less mixed up: the arm minus the first": verdicts(t, lambda a, b: _pairs(b, a)),
+            "take runs for strangers (Welch): those of one seed are a pair": {
+                arm["name"]: _welch(arm["accuracy"], first) for arm in others
+            },
+            "pair the runs by their places: their seeds say what belongs together": verdicts(
+                t, lambda a, b: [x - y for x, y in zip(a.values(), b.values(), strict=True)]
             ),
-            "have more and less mixed up: the arm minus the first": lambda a, b: difference(b, a).verdict,
-            "pair the runs by their places: arms that were started apart are not paired": lambda a, b: (
-                difference(a, b, paired=True).verdict
-            ),
-            "ask whether two intervals overlap: that is not the interval of the difference": _overlap,
         }
-        want, *wrong = (
-            {arm["name"]: rule(arm["accuracy"], first) for arm in others}
-            for rule in (lambda a, b: difference(a, b).verdict, *rules.values())
-        )
-        both = _unbeaten(arms), (want, dict(zip(rules, wrong, strict=True)))
+        both = _unbeaten(arms), (verdicts(t), wrong)
         yield Case("arms " + ", ".join(arm["name"] for arm in arms), (arms,), *in_parts(*both))
 
 
@@ -209,7 +234,7 @@ def _unbeaten(arms: list) -> tuple[set, dict[str, set]]:
     """The candidates, and what mistakes make of them."""
 
     def beaten(arm, by, least, measure):
-        better = [measure(by["accuracy"]) - measure(arm["accuracy"])]
+        better = [measure(by["accuracy"].values()) - measure(arm["accuracy"].values())]
         better += [arm["seconds"] - by["seconds"], arm["bytes"] - by["bytes"]]
         return min(better) >= -1e-12 and sum(value > 1e-12 for value in better) >= least
 
@@ -221,7 +246,7 @@ def _unbeaten(arms: list) -> tuple[set, dict[str, set]]:
         "drop equals: an arm is beaten only if another is better in something": left(0),
         "keep arms that another beats in one respect and equals in the others": left(3),
         "are the most accurate arm alone: a smaller or faster one may be worth a look": {
-            max(arms, key=lambda arm: fmean(arm["accuracy"]))["name"]
+            max(arms, key=lambda arm: fmean(arm["accuracy"].values()))["name"]
         },
         "are those that are beaten: the others are asked for": everybody - left(),
         "are all arms": everybody,
@@ -231,16 +256,17 @@ def _unbeaten(arms: list) -> tuple[set, dict[str, set]]:
     }
 
 
-def _verdict(low: float, high: float) -> str:
-    """The verdict of an interval; of a mean alone, with `high` zero."""
-    return "higher" if low > 0 else "lower" if high < 0 or (high == 0 and low < 0) else "cannot be separated"
+def _pairs(a: dict[int, float], b: dict[int, float]) -> list[float]:
+    return [a[seed] - b[seed] for seed in a]
 
 
-def _interval(a: list, b: list, factor: float = float(student.ppf(0.975, 4)), n: int = 3) -> str:
-    mean, spread = fmean(a) - fmean(b), math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / n)
-    return _verdict(mean - factor * spread, mean + factor * spread)
+def _interval(gaps: list[float], factor: float) -> str:
+    """The verdict of mean ± factor s / sqrt(n)."""
+    mean, error = fmean(gaps), stdev(gaps) / math.sqrt(len(gaps))
+    low, high = mean - factor * error, mean + factor * error
+    return "higher" if low > 0 else "lower" if high < 0 else "cannot be separated"
 
 
-def _overlap(a: list, b: list) -> str:
-    half = [float(student.ppf(0.975, 2)) * stdev(x) / math.sqrt(3) for x in (a, b)]
-    return _verdict(fmean(a) - half[0] - fmean(b) - half[1], fmean(a) + half[0] - fmean(b) + half[1])
+def _welch(a: dict[int, float], b: dict[int, float]) -> str:
+    found = ttest_ind(list(a.values()), list(b.values()), equal_var=False).confidence_interval(0.95)
+    return "higher" if found.low > 0 else "lower" if found.high < 0 else "cannot be separated"
