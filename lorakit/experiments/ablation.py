@@ -33,7 +33,8 @@ from lorakit.training.optim import OPTIMIZERS
 
 # What differs from layer to layer, and what the settings of one call share
 BY_LAYER = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern")
-COMMON = ("task", "n", "level", "version", "model", "steps", "batch_size", "weight_decay", "test", "tested", "answers")
+FOR_FIT = ("steps", "batch_size", "weight_decay", "schedule")
+COMMON = ("task", "n", "level", "version", "model", *FOR_FIT, "test", "tested", "answers")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Setting:
         seed: of the facts, the start of A, the data's order and dropout.
         targets, scale_rule, dropout: as for `inject`; targets may be a list in a list of a grid.
         weight_decay: as for `fit`, with adamw.
+        schedule: as for `fit`.
         optimizer: one of `OPTIMIZERS`.
         rank_pattern, alpha_pattern, exclude_modules, layers_to_transform, layers_pattern: as for a `LoRAConfig`.
     """
@@ -87,6 +89,7 @@ class Setting:
     scale_rule: str = "lora"
     dropout: float = 0.0
     weight_decay: float = 0.0
+    schedule: str = "linear"
     optimizer: str = "adamw"
     loraplus_ratio: float = 1.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
@@ -148,7 +151,7 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     model, tokenizer = load_model(chosen[0].model)
     data = [items(each) for each in chosen]
     taught = [task.encode(tokenizer, own) for task, own, _ in data]
-    shared: dict[str, Any] = {name: getattr(chosen[0], name) for name in ("steps", "batch_size", "weight_decay")}
+    shared: dict[str, Any] = {name: getattr(chosen[0], name) for name in FOR_FIT}
     shared["show"] = False
     specs = [spec for each in chosen if (spec := each.spec)]
     if len(specs) == len(chosen) > 1:

@@ -23,10 +23,10 @@ SCATTERS = [
     (8.0, 5.0),
 ]  # points: scatter, half width
 ACCURACY = {  # rank -> rate -> accuracy of seeds 0, 1, 2
-    16: {1e-3: [0.80, 0.60, 0.62], 4e-3: [0.71, 0.70, 0.95], 1.6e-2: [0.10, 0.05, 0.30]},
+    16: {1e-3: [0.80, 0.60, 0.62], 4e-3: [0.61, 0.60, 0.95], 1.6e-2: [0.10, 0.05, 0.30]},
     1: {1e-3: [0.10, 0.12, 0.08], 4e-3: [0.20, 0.31, 0.27], 1.6e-2: [0.30, 0.35, 0.36]},
     64: {1e-3: [0.90, 0.95, 0.91], 4e-3: [0.97, 0.60, 0.55], 1.6e-2: [0.0, 0.0, 0.0]},
-    4: {1e-3: [0.42, 0.40, 0.44], 4e-3: [0.42, 0.40, 0.44], 1.6e-2: [0.20, 0.10, 0.00]},
+    4: {1e-3: [0.42, 0.40, 0.44], 4e-3: [0.52, 0.44, 0.40], 1.6e-2: [0.20, 0.10, 0.60]},
 }
 PAIRS = [  # two arms, seed -> accuracy
     ({0: 0.60, 1: 0.80, 2: 0.95, 3: 0.70}, {0: 0.57, 1: 0.76, 2: 0.92, 3: 0.66}, "in every pair, by 3 or 4 points"),
@@ -39,13 +39,14 @@ PAIRS = [  # two arms, seed -> accuracy
     ({0: 0.61, 1: 0.70, 2: 0.66, 9: 0.0}, {2: 0.60, 0: 0.55, 1: 0.65, 7: 0.99}, "seeds that the other lacks"),
     ({0: 0.70, 1: 0.74, 2: 0.72}, {0: 0.66, 1: 0.73, 2: 0.69}, "three pairs, 1 to 4 points apart"),
 ]
-BASE = {"rank": 4, "alpha": 8, "lr": 1e-3, "steps": 100, "batch_size": 8, "n": 400, "seed": 0}
-NAMES = ("alpha", "epochs", "rates", "scale", "seeds", "steps")
+BASE = {"rank": 4, "alpha": 8, "lr": 1e-3, "steps": 100, "batch_size": 8, "n": 400, "seed": 0, "correct": 0.5}
+NAMES = ("alpha", "edge", "epochs", "range", "rates", "scale", "seeds", "steps")
+LEAST = 5  # seeds, as for a ranking by `compare`
 DESIGNS = [  # ranks, alphas, rates, seconds a run, minutes
-    ([1, 8, 64], [16, 128], [1e-3, 4e-3], 10, 10),
-    ([4, 16], [32], [5e-4, 1e-3, 2e-3], 30, 10),
-    ([1, 4], [16, 64], [1e-3], 7.5, 2),
-    ([2, 8], [16], [1e-3, 2e-3], 60, 11),
+    ([1, 8, 64], [16, 128], [1e-3, 4e-3], 10, 15),
+    ([4, 16], [32], [5e-4, 1e-3, 2e-3], 30, 20),
+    ([1, 4], [16, 64], [1e-3], 7.5, 2.5),
+    ([2, 8], [16], [1e-3, 2e-3], 60, 19),
     ([2], [16], [1e-3], 1, 1.0),
 ]
 
@@ -93,9 +94,9 @@ def _rows(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
         yield from zip((f"rank {rank:g}, {name}" for name in ("trainable", "mean", "low", "high")), row, strict=True)
 
 
-@exercise("right: each rank at its own rate, with an interval over seeds", _rows)
+@exercise("right: each seed at the rate that the others choose, with an interval over seeds", _rows)
 def check_rank_table() -> Iterator[Case]:
-    """Checks `rank_table(runs) -> [(rank, trainable, mean, low, high), ...]`: each rank at its own best rate."""
+    """Checks `rank_table(runs) -> [(rank, trainable, mean, low, high), ...]`: seeds at the others' rate."""
     runs = [
         {"rank": rank, "lr": lr, "seed": seed, "trainable": 1000 * rank, "correct": correct}
         for rank, rates in ACCURACY.items()
@@ -114,11 +115,14 @@ def check_rank_table() -> Iterator[Case]:
 def _row(rank: int, all_rates: list[dict]) -> list[tuple[float, dict[str, float]]]:
     """Trainable, mean, low and high of a rank, each with what mistakes make of it."""
     rates = ACCURACY[rank]
-    best = max(rates.values(), key=fmean)
     every = [value for values in rates.values() for value in values]
     common = max(rates, key=lambda lr: fmean(fmean(each[lr]) for each in all_rates))
     luckiest, of_seed_0 = max(rates.values(), key=max), max(rates.values(), key=lambda values: values[0])
+    scored = _scored(rates, min)
     means = {
+        "is at the rate that is best on all seeds: the scored one has taken part in the choice, which flatters it": max(
+            map(fmean, rates.values())
+        ),
         "is the best single run: one lucky seed is no result": max(every),
         "is the mean over all rates: bad rates are not the rank's fault": fmean(every),
         "is at the rate with the best single run: compare means over seeds": fmean(luckiest),
@@ -126,33 +130,44 @@ def _row(rank: int, all_rates: list[dict]) -> list[tuple[float, dict[str, float]
         "is at one rate for all ranks: each should have its own best": fmean(rates[common]),
         "is at the smallest rate": fmean(rates[min(rates)]),
         "is at the largest rate": fmean(rates[max(rates)]),
-        "is the mean of each seed's best rate: a rate is chosen for all seeds together": fmean(
+        "is the mean of each seed's best rate: a seed must not choose for itself": fmean(
             map(max, zip(*rates.values(), strict=True))
         ),
-        "is the median": sorted(best)[1],
+        "takes the larger rate where two are equally good for the other seeds": fmean(_scored(rates, max)),
+        "is the median": sorted(scored)[1],
     }
-    half = mean_interval(best)[2] - fmean(best)
-    error = stdev(best) / math.sqrt(len(best))
+    half = mean_interval(scored)[2] - fmean(scored)
+    error = stdev(scored) / math.sqrt(len(scored))
     widths = {
         "is that of the normal distribution: three seeds need Student's t": 1.959964 * error,
         "is one standard error away": error,
-        "is one standard deviation away: that is how runs scatter, not how sure the mean is": stdev(best),
-        "is from the population's standard deviation: divide by n - 1": half * pstdev(best) / stdev(best),
+        "is one standard deviation away: that is how runs scatter, not how sure the mean is": stdev(scored),
+        "is from the population's standard deviation: divide by n - 1": half * pstdev(scored) / stdev(scored),
         "has t with n degrees of freedom: the mean uses up one": half * t.ppf(0.975, 3) / t.ppf(0.975, 2),
         "is that of a 90 % interval: 2.5 % lie on either side": half * t.ppf(0.95, 2) / t.ppf(0.975, 2),
         "is t times the standard deviation: a mean scatters less, by sqrt(n)": half * math.sqrt(3),
     }
     row: list[tuple[float, dict[str, float]]] = [
         (1000 * rank, {"is the rank: `trainable` is asked for": rank}),
-        (fmean(best), means),
+        (fmean(scored), means),
     ]
-    for sign, extreme in ((-1, min(best)), (1, max(best))):
-        hints = {hint: fmean(best) + sign * width for hint, width in widths.items()}
+    for sign, extreme in ((-1, min(scored)), (1, max(scored))):
+        hints = {hint: fmean(scored) + sign * width for hint, width in widths.items()}
         hints["is the worst or best seed"] = extreme
-        hints["is on the other side of the mean: first low, then high"] = fmean(best) - sign * half
+        hints["is on the other side of the mean: first low, then high"] = fmean(scored) - sign * half
         hints["is the half width: add it to the mean"] = half
-        row.append((fmean(best) + sign * half, hints))
+        row.append((fmean(scored) + sign * half, hints))
     return row
+
+
+def _scored(rates: dict[float, list[float]], of_equals: Any) -> list[float]:
+    """Each seed's accuracy at the rate that has the best mean over the other seeds."""
+    seeds = range(len(next(iter(rates.values()))))
+    found = []
+    for seed in seeds:
+        means = {lr: fmean(row[each] for each in seeds if each != seed) for lr, row in rates.items()}
+        found.append(rates[of_equals(lr for lr in rates if math.isclose(means[lr], max(means.values())))][seed])
+    return found
 
 
 def check_verdict(verdict: Any) -> None:
@@ -181,7 +196,7 @@ def check_verdict(verdict: Any) -> None:
 
 
 def check_confounds(confounds: Any) -> None:
-    """Checks `confounds(a, b) -> names`: what differs between two arms besides the rank."""
+    """Checks `confounds(a, b) -> names`: what else than the rank may stand behind a difference between two arms."""
     for on, first, second, want in _confounded():
         got = ask(confounds, first, second, on=on)
         require(isinstance(got, list | tuple | set), on, "expected a list of names")
@@ -189,8 +204,8 @@ def check_confounds(confounds: Any) -> None:
         strange = sorted(set(got) - set(NAMES))
         require(not strange, on, f"expected names out of {', '.join(NAMES)}, got {strange}")
         for name in NAMES:
-            require(name in got or name not in want, on, f"{name} differs, and is not in the answer: {_WHY[name]}")
-            require(name in want or name not in got, on, f"{name} does not differ: {_WHY[name]}")
+            require(name in got or name not in want, on, f"{name} is not in the answer, and should be: {_WHY[name]}")
+            require(name in want or name not in got, on, f"{name} should not be in the answer: {_WHY[name]}")
         require(got == sorted(want), on, "the names should be a sorted list, each once")
     print("right: nothing hides behind the rank")
 
@@ -201,6 +216,8 @@ _WHY = {
     "steps": "it is the set of steps that each arm's runs have",
     "epochs": "it is steps * batch_size / n, how often each example is seen",
     "rates": "it is how many learning rates were tried, not which: each arm may have its own",
+    "range": "it is the largest rate over the smallest, which tells how far an arm was searched, whatever they are",
+    "edge": "an arm's best rate, by the mean of `correct` over its runs, is the smallest or the largest that it tried",
     "seeds": "it is which seeds there are, whatever their order, in all runs of the arm",
 }
 
@@ -208,16 +225,24 @@ _WHY = {
 def _confounded() -> list[tuple[str, list[dict], list[dict], set[str]]]:
     """Arms of rank 4 and 16: what they are, the runs of each, what differs."""
 
-    def arm(rank=16, rates=(1e-3, 2e-3), seeds=(0, 1), **changed):
-        return [BASE | {"rank": rank, "lr": lr, "seed": seed} | changed for lr in rates for seed in seeds]
+    def arm(rank=16, rates=(5e-4, 1e-3, 2e-3), seeds=(0, 1), best=1, **changed):
+        rows = [BASE | {"rank": rank, "lr": lr, "seed": seed} | changed for lr in rates for seed in seeds]
+        return [row | {"correct": 0.5 - 0.2 * (row["lr"] != rates[best]) + 0.1 * row["seed"]} for row in rows]
 
     small = arm(rank=4)
+    lucky = [row | {"correct": 0.75 if (row["lr"], row["seed"]) == (2e-3, 1) else row["correct"]} for row in arm()]
+    four = (2.5e-4, 5e-4, 1e-3, 2e-3)
     return [
         ("alpha = 2r", small, arm(alpha=32), {"alpha"}),
         ("one alpha", small, arm(), {"scale"}),
-        ("one alpha, and other rates", small, arm(rates=(5e-4, 1e-3)), {"scale"}),
-        ("alpha = 2r, and a third rate", small, arm(rates=(5e-4, 1e-3, 2e-3), alpha=32), {"alpha", "rates"}),
-        ("one alpha, a fixed rate for the second arm", small, arm(rates=(1e-3,)), {"scale", "rates"}),
+        ("one alpha, and other rates", small, arm(rates=(2.5e-4, 5e-4, 1e-3)), {"scale"}),
+        ("one alpha, rates closer together", small, arm(rates=(7e-4, 1e-3, 1.4e-3)), {"scale", "range"}),
+        ("alpha = 2r, and a fourth rate", small, arm(rates=four, alpha=32), {"alpha", "rates", "range"}),
+        ("one alpha, a fourth rate between", small, arm(rates=(5e-4, 7e-4, 1e-3, 2e-3)), {"scale", "rates"}),
+        ("one alpha, a fixed rate", small, arm(rates=(1e-3,), best=0), {"scale", "rates", "range", "edge"}),
+        ("one alpha, the best rate is the last", small, arm(best=2), {"scale", "edge"}),
+        ("alpha = 2r, the first arm's best rate is its first", arm(rank=4, best=0), arm(alpha=32), {"alpha", "edge"}),
+        ("one alpha, the best single run at the last rate", small, lucky, {"scale"}),
         ("alpha = 2r, twice the steps", small, arm(alpha=32, steps=200), {"alpha", "steps", "epochs"}),
         ("alpha = 2r, half the batch, more steps", small, arm(alpha=32, steps=200, batch_size=4), {"alpha", "steps"}),
         ("one alpha, half the data", small, arm(n=200), {"scale", "epochs"}),
@@ -231,7 +256,7 @@ def _confounded() -> list[tuple[str, list[dict], list[dict], set[str]]]:
 
 
 def check_design(design: Any) -> None:
-    """Checks `design(ranks, alphas, rates, seconds, minutes) -> grid`: as many seeds as fit, never below three."""
+    """Checks `design(ranks, alphas, rates, seconds, minutes) -> grid`: as many seeds as fit, never below five."""
     for ranks, alphas, rates, seconds, minutes in DESIGNS:
         settings = len(ranks) * len(alphas) * len(rates)
         on = f"{len(ranks)} ranks, {len(alphas)} alphas, {len(rates)} rates, {seconds:g} s a run, {minutes:g} minutes"
@@ -239,14 +264,14 @@ def check_design(design: Any) -> None:
         try:
             grid = ask(design, ranks, alphas, rates, seconds, minutes, on=on)
         except CheckFailed as failed:
-            if fit >= 3 or not isinstance(failed.__cause__, ValueError):
+            if fit >= LEAST or not isinstance(failed.__cause__, ValueError):
                 raise
-            least = 3 * settings * seconds / 60
+            least = LEAST * settings * seconds / 60
             said = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(failed.__cause__))]
             told = any(abs(number - least) < 0.06 for number in said)
-            require(told, on, f"the ValueError should say how many minutes three seeds need, {least:.1f}")
+            require(told, on, f"the ValueError should say how many minutes five seeds need, {least:.1f}")
             continue
-        require(fit >= 3, on, f"{fit} seeds fit, and three are needed: expected a ValueError")
+        require(fit >= LEAST, on, f"{fit} seeds fit, and five are needed: expected a ValueError")
         require(isinstance(grid, dict), on, "expected a grid: a dict of parameter -> list of values")
         require(sorted(grid) == ["alpha", "lr", "rank", "seed"], on, "expected exactly rank, alpha, lr and seed")
         wanted: dict[str, list] = {"rank": ranks, "alpha": alphas, "lr": rates, "seed": list(range(fit))}
@@ -264,4 +289,4 @@ def check_design(design: Any) -> None:
             hint = next((f": {text}" for text, holds in hints.items() if holds), "")
             require(given == values, on, f"seeds should be 0 to {fit - 1}, got {given[:12]}{hint}")
         require(len(expand(grid)) == settings * fit, on, "some runs are there twice")
-    print("right: it fits, and three seeds are the least")
+    print("right: it fits, and five seeds are the least")

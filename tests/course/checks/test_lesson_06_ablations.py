@@ -48,6 +48,36 @@ def with_all_rates(a, b):
     return sorted({*found, "rates"} if next(rates) != next(rates) else found)
 
 
+def flattered(runs):
+    """Each rank at the rate that is best on all its seeds, the scored ones included."""
+    found = []
+    for rank in {run["rank"] for run in runs}:
+        own = [run for run in runs if run["rank"] == rank]
+        best = max({run["lr"] for run in own}, key=lambda lr: np.mean([r["correct"] for r in own if r["lr"] == lr]))
+        found += [run for run in own if run["lr"] == best]
+    return SOLVED["check_rank_table"](found)
+
+
+def edge_of_the_best_run(a, b):
+    best = [max(arm, key=lambda run: run["correct"])["lr"] for arm in (a, b)]
+    ends = [
+        rate in (min(r["lr"] for r in arm), max(r["lr"] for r in arm)) for rate, arm in zip(best, (a, b), strict=True)
+    ]
+    return sorted({*without("edge")(a, b), "edge"} if any(ends) else without("edge")(a, b))
+
+
+def edge_of_one_arm(a, b):
+    return without("edge")(a, b) if "edge" not in SOLVED["check_confounds"](b, b) else SOLVED["check_confounds"](a, b)
+
+
+def with_other_ends(a, b):
+    found, ends = (
+        SOLVED["check_confounds"](a, b),
+        ({max(r["lr"] for r in arm), min(r["lr"] for r in arm)} for arm in (a, b)),
+    )
+    return sorted({*found, "range"} if next(ends) != next(ends) else found)
+
+
 def without(name):
     return lambda a, b: [each for each in SOLVED["check_confounds"](a, b) if each != name]
 
@@ -92,7 +122,11 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda runs: {row[0]: row[1:] for row in SOLVED["check_rank_table"](runs)}, "tuples of five numbers"),
         (lambda runs: SOLVED["check_rank_table"](runs)[::-1], "sorted by rank"),
         (lambda runs: SOLVED["check_rank_table"](runs)[:1], "expected 4 rows, one a rank, got 1"),
-        (at_the_best_run, "rank 64, mean is at the rate with the best single run"),
+        (at_the_best_run, "rank 4, mean is at the rate with the best single run"),
+        (
+            flattered,
+            "rank 4, mean is at the rate that is best on all seeds: the scored one has taken part in the choice",
+        ),
     ],
     "check_verdict": [
         (unpaired(by_arms), "seed by seed"),
@@ -110,14 +144,19 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda a, b: "cannot be separated", "what a seed does to both arms cancels"),
     ],
     "check_confounds": [
-        *((without(name), f"{name} differs, and is not in the answer") for name in ("alpha", "scale", "rates")),
+        *((without(name), f"{name} is not in the answer, and should be") for name in ("alpha", "scale", "rates")),
         (without("seeds"), "which seeds there are"),
         (confounded(rank=1), "it is alpha / rank of each run"),
         (with_all_rates, "how many learning rates were tried, not which"),
+        (without("range"), "the largest rate over the smallest"),
+        (with_other_ends, "which tells how far an arm was searched, whatever they are"),
+        (without("edge"), "edge is not in the answer, and should be: an arm's best rate"),
+        (edge_of_one_arm, "edge is not in the answer, and should be: an arm's best rate"),
+        (edge_of_the_best_run, "edge should not be in the answer: an arm's best rate, by the mean"),
         (confounded(batch_size=1), "steps * batch_size / n"),
         (confounded(batch_size=1, n=1), "steps * batch_size / n"),
         (confounded(n=1), "steps * batch_size / n"),
-        (lambda a, b: SOLVED["check_confounds"](a[:1], b[:1]), "rates differs, and is not in the answer"),
+        (lambda a, b: SOLVED["check_confounds"](a[:1], b[:1]), "edge should not be in the answer"),
         (lambda a, b: SOLVED["check_confounds"](a, b)[::-1], "a sorted list"),
         (lambda a, b: SOLVED["check_confounds"](a, b) * 2, "each once"),
         (lambda a, b: [*SOLVED["check_confounds"](a, b), "rank"], "expected names out of"),
@@ -125,14 +164,14 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda a, b: [], "is not in the answer"),
     ],
     "check_design": [
-        (lambda *inputs: never_refused(*inputs, least=3), "expected a ValueError"),
-        (never_refused, "three are needed"),
-        (refused_in_silence, "should say how many minutes three seeds need, 12.0"),
+        (lambda *inputs: never_refused(*inputs, least=5), "expected a ValueError"),
+        (never_refused, "five are needed"),
+        (refused_in_silence, "should say how many minutes five seeds need, 20.0"),
         (designed(lambda fit: range(fit + 1)), "round down"),
         (designed(lambda fit: range(fit - 1)), "one more fits"),
         (designed(lambda fit: range(1, fit + 1)), "seeds should be 0 to"),
         (designed(lambda fit: [fit]), "a number is one seed"),
-        (designed(seed=5), "a number is one seed"),
+        (designed(seed=7), "a number is one seed"),
         (designed(lambda fit: range(12 * fit)), "ranks times alphas times rates"),
         (designed(lambda fit: range(3)), "seeds should be 0 to"),
         (designed(alpha="2r"), "alpha should be all that was given"),
