@@ -50,7 +50,7 @@ def test_a_run_is_fit_and_its_scores_are_those_of_the_model():
 
 
 def test_settings_that_one_loop_cannot_share_are_refused():
-    for more in ({"steps": 41}, {"weight_decay": 0.1}, {"n": 8}, {"task": "sql"}):
+    for more in ({"steps": 41}, {"weight_decay": 0.1}, {"schedule": "cosine"}, {"n": 8}, {"task": "sql"}):
         with pytest.raises(ValueError, match=f"in common, got other {next(iter(more))}"):
             ablation.runs([SHORT, SHORT | more])
 
@@ -71,6 +71,7 @@ def test_the_random_state_is_left_alone():
         {"optimizer": "sgd", "lr": 1.0},
         {"optimizer": "sgd-momentum", "lr": 0.1},
         {"optimizer": "adamw-8bit-all"},
+        {"schedule": "cosine"},
         {"loraplus_ratio": 4.0},
         {"scale_rule": "rslora"},
         {"targets": "q_proj"},
@@ -104,6 +105,7 @@ def test_alpha_may_be_a_multiple_of_the_rank():
         ({"alpha": "two"}, ValueError, "alpha as a number or a multiple"),
         ({"optimizer": "sgd", "weight_decay": 0.1}, ValueError, "weight_decay with adamw only"),
         ({"optimizer": "adam"}, ValueError, "got 'adam'; near: adamw, adamw-8bit"),
+        ({"schedule": "cosin"}, ValueError, "got 'cosin'; near: cosine"),
         ({"lora_rank": 4}, TypeError, "lora_rank"),
         ({"task": "sql", "n": 401}, ValueError, "n up to 400"),
         ({"task": "nowhere"}, FileNotFoundError, "nowhere"),
