@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lorakit.course.drawings import draw_dora, draw_lora, draw_merge, draw_sum
+from lorakit.course.drawings_bits import draw_block, draw_codebooks
+from lorakit.layers import nf4
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(12, 10, 2), (4, 16, 1)])
@@ -54,4 +56,22 @@ def test_a_row_is_drawn_with_the_length_that_dora_gives_it():
     (x, y), (arc,) = tips[1][3], axes[1].patches
     assert (x**2 + y**2) ** 0.5 == pytest.approx(1.5) == pytest.approx(arc.width / 2)
     assert y / x == pytest.approx(1.8 / 2.4), "the direction is that of the sum"
+    plt.close(fig)
+
+
+def test_the_numbers_of_formats_lie_where_absmax_puts_them():
+    fig, ax = plt.subplots()
+    draw_codebooks(ax, {"NF4": nf4.NF4, "two": (-1.0, 1.0)}, 2.5)
+    marks = [list(line.get_xdata()) for line in ax.lines if line.get_marker() not in ("None", "")]
+    assert marks == [[2.5 * number for number in nf4.NF4], [-2.5, 2.5]]
+    plt.close(fig)
+
+
+def test_a_block_is_drawn_with_what_four_bits_hold_of_it():
+    block = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    fig, ax = plt.subplots()
+    draw_block(ax, block, nf4.NF4)
+    weights, back = (torch.tensor(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 64)
+    assert torch.equal(weights, block)
+    torch.testing.assert_close(back, nf4.dequantize(*nf4.quantize(block), block.shape))
     plt.close(fig)

@@ -4,6 +4,7 @@ import copy
 import re
 import subprocess
 import sys
+from itertools import takewhile
 
 import nbformat
 import pytest
@@ -50,9 +51,10 @@ def test_exercises_are_whole(path):
         fold = r"<details><summary>{}</summary>\n\n.+\n\n</details>"
         folds = fold.format("Hint") + r"\n\n" + fold.format("Common mistake") + r"\Z"
         assert re.search(folds, task.source, re.DOTALL), "expected a hint, then a common mistake, both folded"
-        stub, check = nb.cells[nb.cells.index(task) + 1 :][:2]
-        assert check.source.startswith("checks.check_")
-        assert 3 <= len(stub.source.splitlines()) <= 20
+        below = nb.cells[nb.cells.index(task) + 1 :]
+        stubs = list(takewhile(lambda cell: not cell.source.startswith("checks.check_"), below))
+        assert 1 <= len(stubs) <= 2, "expected a function or two, then the check"
+        assert all(cell.cell_type == "code" and 3 <= len(cell.source.splitlines()) <= 20 for cell in stubs)
     assert levels == sorted(levels), "expected rising difficulty"
     assert "# ---" not in "".join(cell.source for cell in nb.cells), "a mark was left"
 

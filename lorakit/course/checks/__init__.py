@@ -39,7 +39,7 @@ from lorakit.course.checks.lesson_03_sft import (
     check_padding_share,
 )
 from lorakit.course.checks.lesson_04_qlora import (
-    check_codebook,
+    check_code_shares,
     check_four_bits,
     check_round_trip,
     check_step,
@@ -77,7 +77,7 @@ __all__ = [
     "check_best_approximation",
     "check_best_weights",
     "check_choose_length",
-    "check_codebook",
+    "check_code_shares",
     "check_compare",
     "check_compress",
     "check_confounds",

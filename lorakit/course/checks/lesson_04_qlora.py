@@ -1,4 +1,4 @@
-"""The checks of lesson 04's exercises: a codebook, a round trip, stored bytes, a step by hand, a project."""
+"""The checks of lesson 04's exercises: shares of codes, a round trip, stored bytes, a step by hand, a project."""
 
 import math
 import weakref
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit._optional import need, quiet
 from lorakit.course.checks.exercise import Case, exercise, in_parts
-from lorakit.course.checks.grading import as_tensor, ask, judge, parts, random_matrix, require, same
+from lorakit.course.checks.grading import as_tensor, ask, judge, parts, random_matrix, require
 from lorakit.course.checks.lesson_03_sft import EXAMPLES
 from lorakit.layers import nf4
 from lorakit.layers.nf4_linear import NF4Linear
@@ -36,41 +36,41 @@ STEPS = [  # d_out, d_in, rank, s, the other dimensions of x, whether x wants a 
 LAYERS = 14  # linear ones in the blocks of the project's model
 
 
-def _numbers(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
-    numbers = as_tensor(got, case.on, "the codebook")
-    hints = {
-        "is not finite: ndtri(1) is infinite, offset is below 1": not numbers.isfinite().all(),
-        "holds probabilities: ndtri makes values of them": numbers.shape == (16,) and numbers.min() > 0,
-        "has 17 numbers, and four bits name 16: seven steps lie below zero": numbers.shape == (17,),
-    }
-    for hint, holds in hints.items():
-        require(not holds, case.on, f"the codebook {hint}")
-    shuffled = same(numbers.sort(0).values, case.right) and not same(numbers, case.right)
-    require(not shuffled, case.on, "the codebook has the right numbers in another order")
-    yield "the codebook", numbers
+def _shares(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
+    shares, n = as_tensor(got, case.on, "the shares"), len(case.inputs[0])
+    inside = shares.shape == (n - 2,)
+    require(not inside, case.on, f"{n - 2} shares for {n} numbers: what lies beyond the outermost borders counts, too")
+    yield "the shares", shares
 
 
-@exercise("right: seven numbers below zero, zero, eight above; at its own offset NF4's table", _numbers)
-def check_codebook() -> Iterator[Case]:
-    """Checks `codebook(offset) -> sixteen numbers`: NF4's, for its own offset and for another one."""
-    for offset in (nf4.OFFSET, 0.99):
-        starts = (0.5, 9), (0.5, 8), (1 - offset, 16)
-        up, down, even = (
-            torch.special.ndtri(torch.linspace(start, offset, n, dtype=torch.float32).double()) for start, n in starts
-        )
-        want = torch.cat([-down.flip(0), up[1:]]) / up[-1]
+@exercise("right: the probability of each number, with what lies beyond the outermost", _shares)
+def check_code_shares() -> Iterator[Case]:
+    """Checks `code_shares(codebook, absmax) -> shares`: of a normal distribution, for each number of a codebook."""
+    even = torch.linspace(-1, 1, 9, dtype=torch.float32)
+    for name, codebook, absmax in (("NF4", CODES, 2.6), ("NF4", CODES, 1.4), ("nine even steps", even, 2.0)):
+        borders = (codebook[1:] + codebook[:-1]) / 2
+        want, ends = _between(absmax * borders), torch.special.ndtr(absmax * codebook[[0, -1]])
+        inside = want.clone()
+        inside[0] -= ends[0]
+        inside[-1] -= 1 - ends[1]
+        density = (-((absmax * codebook) ** 2) / 2).exp()
         hints = {
-            "has even steps: probabilities have them, and ndtri makes values of these": torch.linspace(
-                -1, 1, 16, dtype=torch.float32
-            ),
-            "is not scaled: divide by its largest number": want * up[-1],
-            "is upside down: seven steps lie below zero, eight above": -want.flip(0),
-            "has no zero: sixteen even steps from 1 - offset to offset miss it": even / up[-1],
-            "has zero twice, which wastes a code: eight steps lie above it": torch.cat([-down.flip(0), down]) / up[-1],
-            "takes eight steps below zero, and loses one: seven reach -1": torch.cat([-want[8:15].flip(0), want[7:]]),
-            "is that of offset 0.9677083: use the argument": nf4.nf4_codebook(),
+            "are all equal, as the tutorials say: compute them": torch.full_like(want, 1 / len(want)),
+            "are those of rounding down: the borders lie midway between neighbours": _between(absmax * codebook[1:]),
+            "are those of rounding up: the borders lie midway between neighbours": _between(absmax * codebook[:-1]),
+            "lack absmax: the borders times absmax are in standard deviations": _between(borders),
+            "are divided by absmax: times absmax, the borders are in standard deviations": _between(borders / absmax),
+            "lack what lies beyond the outermost numbers": inside,
+            "are densities at the numbers: a share lies between two borders": density / density.sum(),
+            "are those below each border, added up: take differences": want.cumsum(0),
+            "are in the opposite order": want.flip(0),
         }
-        yield Case(f"offset {offset}", (offset,), want, hints)
+        yield Case(f"{name}, absmax {absmax}", (codebook, absmax), want, hints)
+
+
+def _between(borders: Tensor) -> Tensor:
+    """The shares of a standard normal distribution between neighbouring borders, and beyond the outermost."""
+    return nn.functional.pad(nn.functional.pad(torch.special.ndtr(borders), (1, 0)), (0, 1), value=1).diff()
 
 
 def _trip(got: Any, case: Case) -> Iterator[tuple[str, Any]]:

@@ -120,13 +120,11 @@ def buffer_bytes(model):
 
 
 MISTAKES = {  # check -> a wrong answer, and the words of its hint
-    "check_codebook": [
-        (lambda offset: torch.linspace(-1, 1, 17)[1:], "the codebook is off by"),
-        (lambda offset: torch.linspace(1 - offset, offset, 16) / offset, "holds probabilities"),
-        (lambda offset: torch.special.ndtri(torch.linspace(1 - offset, offset, 17)), "has 17 numbers"),
-        (lambda offset: SOLVED["check_codebook"](offset).roll(1), "in another order"),
-        (lambda offset: SOLVED["check_codebook"](1.0), "is not finite: ndtri(1) is infinite"),
-        (lambda offset: SOLVED["check_codebook"](nf4.OFFSET), "is that of offset 0.9677083"),
+    "check_code_shares": [
+        (lambda codebook, absmax: torch.full_like(codebook, 1 / len(codebook)), "are all equal"),
+        (lambda codebook, absmax: SOLVED["check_code_shares"](codebook, 1.0), "lack absmax"),
+        (lambda codebook, absmax: SOLVED["check_code_shares"](codebook, absmax)[1:-1], "14 shares for 16 numbers"),
+        (lambda codebook, absmax: SOLVED["check_code_shares"](codebook, 2.6), "absmax 1.4: the shares"),
     ],
     "check_round_trip": [
         (changed("check_round_trip", 0, lambda codes: codes.long()), "should be torch.uint8"),
@@ -208,7 +206,14 @@ def test_codes_of_the_solution_are_bitsandbytes_own_and_either_search_is_taken()
         assert torch.equal(absmax, scales)
         assert torch.equal(back, nf4.dequantize(want, scales, x.shape))
     checks.check_round_trip(searched)
-    torch.testing.assert_close(SOLVED["check_codebook"](nf4.OFFSET), nf4.nf4_codebook(), rtol=0, atol=1e-6)
+
+
+def test_shares_of_the_solution_are_what_is_counted():
+    x = torch.randn(2**18, generator=torch.Generator().manual_seed(0))
+    codes, (absmax,) = nf4.quantize(x, block_size=len(x))
+    counted = torch.stack([codes >> 4, codes & 15], 1).flatten().bincount(minlength=16) / len(x)
+    shares = SOLVED["check_code_shares"](torch.tensor(nf4.NF4), absmax.item())
+    torch.testing.assert_close(shares, counted, rtol=0, atol=3e-3)
 
 
 @pytest.mark.parametrize("double", [False, True])
