@@ -1,7 +1,6 @@
-"""Trains SmolLM2 on the SQL task with LoRA, its base in 32, 16, 8 and 4 bits.
+"""Trains adapters on bases in 32, 16, 8 and 4 bits; measures what such bases take, and budgets what does not fit here.
 
-    python data/qlora/record.py            all runs, about 35 minutes on two cores
-    python data/qlora/record.py budgets    one study: costs, trainings, or budgets of models that do not fit here
+    python data/qlora/record.py [study ...]    all studies, about 30 minutes of a core, or some of `STUDIES`
 
 Lesson 04 reads the records in these folders. A second start makes only those that are missing.
 """
@@ -10,7 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,40 +17,36 @@ import torch
 import lorakit
 from lorakit._optional import quiet
 from lorakit.cost.memory import peak_bytes, returning_memory
+from lorakit.experiments.ablation import runs
 from lorakit.experiments.sweep import sweep
 from lorakit.layers import nf4
-from lorakit.models.quantize import quantize_model
+from lorakit.models.quantize import dequantize_model, quantize_model
 from lorakit.speed.accelerated import accelerated
-from lorakit.tasks.sql.task import execution_accuracy
-from lorakit.tasks.task import encoded
 from lorakit.training.loss import completion_loss
-from lorakit.training.reference_loop import plain_loop
 
 with quiet():
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 HERE = Path(__file__).parent
-ITEMS = 208
-LR = 3e-3  # the best of five for LoRA on the float32 base and this edition
-RATES = {
-    "float32": [LR],
-    "bfloat16": [LR],
-    "int8": [LR],
-    "NF4": [LR, 1e-3, 1e-2],
-    "NF4, bfloat16": [LR],
-    "NF4, twice the steps": [LR],
-    "FP4": [LR],
-}
-LORA = {"model": "smollm2", "rank": 16, "alpha": 32}
-HOW = {"version": 1, "batch_size": 8} | LORA  # version: of the SQL task
-COSTS = {"arm": [arm for arm in RATES if "twice" not in arm]} | LORA
-TRAININGS = [
-    {"arm": arm, "lr": rates, "seed": [0, 1, 2], "steps": 88 if "twice" in arm else 44} | HOW
-    for arm, rates in RATES.items()
+INT4 = tuple(level / 7 for level in range(-7, 8))
+CODEBOOKS = {"NF4": nf4.NF4, "FP4": nf4.FP4, "int4": INT4}
+
+ON_FACTS = {"model": "tiny", "task": "facts", "n": 96, "rank": 8, "alpha": 128, "batch_size": 8, "steps": [150, 75]}
+ON_FACTS |= {"lr": [2e-3, 1e-3, 4e-3]}
+FACTS = [
+    {"base": ["float32", "NF4", "int4", "FP4", "int8", "bfloat16"]} | ON_FACTS | {"seed": list(range(10))},
+    *({"base": "noise", "noise_seed": seed} | ON_FACTS | {"seed": seed} for seed in range(10)),
 ]
+ON_SQL = {"model": "smollm2", "task": "sql", "version": 2, "rank": 16, "alpha": 128, "batch_size": 8, "steps": 12}
+ON_SQL |= {"lr": 2e-3, "n": 96, "test": [["validation", "tables"]], "tested": 48}
+SQL = {"seed": list(range(5)), "base": ["float32", "NF4"]} | ON_SQL
+
+LORA = {"model": "smollm2", "rank": 16, "alpha": 32}
+COSTS = {"arm": ["float32", "bfloat16", "int8", "NF4", "NF4, bfloat16", "FP4"]} | LORA
 
 BF16 = {"dtype": "bfloat16", "batch_size": 1, "tokens": 512, "checkpointing": True}
+LONG = {"dtype": "bfloat16", "batch_size": 1, "tokens": [256, 1024, 4096]}
 MIXED = {"method": "full", "optimizer": "adamw-paged", "master_weights": True}
 QV = {"targets": [["q_proj", "v_proj"]], "rank": 4, "dtype": "float16", "batch_size": 1, "tokens": 2048}
 SIZES = ["llama-2-7b", "llama-2-13b", "llama-2-70b"]
@@ -60,9 +55,51 @@ BUDGETS = [
     {"model": "llama-65b"} | BF16 | {"method": "full", "optimizer": "adamw-paged"},
     {"model": "llama-65b"} | BF16 | {"method": "qlora", "rank": 64},
     {"model": "gpt-3-175b", "method": ["full", "lora"], "checkpointing": True} | QV,
-    {"model": "llama-2-7b", "method": ["full", "lora", "qlora"], "dtype": "bfloat16", "batch_size": 1}
-    | {"tokens": [256, 1024, 4096]},
+    *({"model": "llama-2-7b"} | LONG | more for more in (MIXED, {"method": ["lora", "qlora"]})),
 ]
+
+
+def rounded(model, base, noise_seed=0):
+    """The model with the weights of its linear layers rounded as the base has them, in float32."""
+    if base in CODEBOOKS:
+        return dequantize_model(quantize_model(model, codebook=CODEBOOKS[base]))
+    generator = torch.Generator().manual_seed(noise_seed)
+    for name in lorakit.find_targets(model):
+        layer = model.get_submodule(name)
+        W = layer.weight.data
+        if base == "bfloat16":
+            W.copy_(W.bfloat16())
+        elif base == "int8":
+            blocks = W.view(-1, 64)
+            step = blocks.abs().amax(1, keepdim=True) / 127
+            blocks.copy_((blocks / step).round() * step)
+        elif base == "noise":  # as large as NF4's error in this layer
+            error = lorakit.NF4Linear(layer).frozen_weight() - W
+            noise = torch.randn(W.shape, generator=generator, dtype=torch.float32)
+            W.add_(noise * error.norm() / noise.norm())
+    return model
+
+
+@cache
+def saved(model, base, noise_seed=0):
+    """A folder with the rounded model; its weights in float32 compute what the codes do."""
+    folder = tempfile.TemporaryDirectory()
+    plain, tokenizer = lorakit.load_model(model)
+    with quiet():
+        rounded(plain, base, noise_seed).save_pretrained(folder.name)
+        tokenizer.save_pretrained(folder.name)
+    return folder
+
+
+def trained(settings):
+    """`runs` of `lorakit.experiments.ablation`, on the rounded base that all these settings have in common."""
+    own = {name: settings[0][name] for name in ("model", "base", "noise_seed") if name in settings[0]}
+    model = {"model": saved(**own).name}
+    return runs([{name: value for name, value in each.items() if name not in own} | model for each in settings])
+
+
+def trained_alone(**setting):
+    return trained([setting])[0]
 
 
 def base(arm, model):
@@ -75,7 +112,7 @@ def base(arm, model):
             name = tokenizer.name_or_path
             return AutoModelForCausalLM.from_pretrained(name, quantization_config=config, dtype=dtype), tokenizer
     model, tokenizer = lorakit.load_model(model, dtype=dtype)
-    codebook = {"NF4": nf4.NF4, "FP4": nf4.FP4}.get(arm.split(",")[0])
+    codebook = CODEBOOKS.get(arm.split(",")[0])
     return (quantize_model(model, codebook=codebook) if codebook else model), tokenizer
 
 
@@ -90,28 +127,6 @@ def adapted(arm, seed, model, rank, alpha):
     with tempfile.TemporaryDirectory() as folder, quiet():
         lorakit.save_adapter(start, folder)
         return peft.PeftModel.from_pretrained(quantised, folder, is_trainable=True), tokenizer
-
-
-def train(model, examples, **recipe):
-    """`fit`, or for PEFT's model the same recipe in plain operations."""
-    if hasattr(model, "peft_config"):
-        return plain_loop(model, examples, **recipe)
-    return lorakit.fit(model, examples, **recipe, show=False).loss
-
-
-def run(arm, lr, seed, version, steps, batch_size, **lora):
-    """One training and its scores on questions about new tables: `exact` to the letter, `right` by its rows."""
-    model, tokenizer = adapted(arm, seed, **lora)
-    start = time.perf_counter()
-    examples = encoded(tokenizer, lorakit.load_sql("train", version=version))
-    losses = train(model, examples, lr=lr, seed=seed, steps=steps, batch_size=batch_size)
-    found = {"train_seconds": round(time.perf_counter() - start, 1), "losses": [round(loss, 7) for loss in losses]}
-    items, model = lorakit.load_sql("tables", version=version)[:ITEMS], model.eval()
-    found |= {"items": len(items), "exact": sum(lorakit.exact_match(model, encoded(tokenizer, items), show=False))}
-    if lr == LR:  # generation takes longer than training
-        answers = lorakit.SQL.answers(model, tokenizer, items, max_new_tokens=32, show=False)
-        found["right"] = sum(execution_accuracy(items, answers))
-    return found
 
 
 def cost(**setting):
@@ -150,12 +165,18 @@ def budget(model, **settings):
     return {"parameters": found.parameters, "trained": found.trained, "peak": found.peak}
 
 
-STUDIES = {"costs": (cost, COSTS), "trainings": (run, TRAININGS), "budgets": (budget, BUDGETS)}
+STUDIES = {
+    "facts": (trained, FACTS, ("lr", "seed")),
+    "sql": (trained_alone, SQL, ()),
+    "costs": (cost, COSTS, ()),
+    "budgets": (budget, BUDGETS, ()),
+}
 
 
 def main(*names):
     for name in names or STUDIES:
-        sweep(*STUDIES[name], HERE / name, command=f"python data/qlora/record.py {name}")
+        run, grid, together = STUDIES[name]
+        sweep(run, grid, HERE / name, together=together, at_once=15, command=f"python data/qlora/record.py {name}")
 
 
 if __name__ == "__main__":
