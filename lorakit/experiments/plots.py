@@ -265,3 +265,23 @@ def plot_seeds(
     if len(arms) > 1:
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return style(ax, title, xlabel, "right answers (%), 95 % interval")
+
+
+def plot_plane(
+    paths: Mapping[str, Sequence[tuple[float, float]]], ax: Axes, title: str = "", xlabel: str = "", ylabel: str = ""
+) -> Axes:
+    """Draws two shares against each other, a dot per setting, those of one path joined in their order.
+
+    Args:
+        paths: label -> (share, share), both in [0, 1].
+        ax: where to draw.
+        title: the question that the figure answers.
+        xlabel, ylabel: what the shares are of, with their unit.
+    """
+    looks = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
+    for (label, points), (colour, dash, marker) in zip(paths.items(), looks, strict=False):
+        x, y = ([100 * point[k] for point in points] for k in (0, 1))
+        ax.plot(x, y, dash if len(points) > 1 else "", marker=marker, color=colour, label=label, ms=7, alpha=0.9)
+    ax.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return style(ax, title, xlabel, ylabel)

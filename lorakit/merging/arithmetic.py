@@ -68,7 +68,7 @@ def from_svd(
     return Update(U[..., :rank] * root[..., None, :], root[..., None] * Vh[..., :rank, :])
 
 
-def ties(updates: Sequence[Updates], weights: Sequence[float], density: float, rank: int) -> dict[str, Update]:
+def ties(updates: Sequence[Updates], weights: Sequence[float], density: float, rank: int | None) -> dict[str, Update]:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each change, elect a sign for each entry, average who has it.
 
     Of each layer and adapter the share `density` of entries that are largest stays; the weighted sum has the sign;
@@ -77,7 +77,8 @@ def ties(updates: Sequence[Updates], weights: Sequence[float], density: float, r
     Args:
         updates, weights: as in `linear`.
         density: in (0, 1].
-        rank: of the result, at least 1. An update that is trimmed or voted on has full rank; `rank` cuts that.
+        rank: of the result, at least 1. An update that is trimmed or voted on has full rank, and `rank` cuts that; None
+            leaves it whole, as a merged model holds it: B is the change, and A the identity.
 
     Raises:
         ValueError: as in `linear`, or density or rank out of range.
@@ -92,7 +93,7 @@ def ties(updates: Sequence[Updates], weights: Sequence[float], density: float, r
 
 
 def dare(
-    updates: Sequence[Updates], weights: Sequence[float], density: float, rank: int, seed: int = 0
+    updates: Sequence[Updates], weights: Sequence[float], density: float, rank: int | None, seed: int = 0
 ) -> dict[str, Update]:
     """DARE (Yu et al. 2024, arXiv:2311.03099): drop entries of each change at random, rescale the rest, add up.
 
@@ -123,17 +124,22 @@ def _dense(
     updates: Sequence[Updates],
     weights: Sequence[float],
     density: float,
-    rank: int,
+    rank: int | None,
     combine: Callable[[list[Tensor]], Tensor],
 ) -> dict[str, Update]:
-    """Combines whole matrices, layer by layer, and cuts each result to the rank."""
+    """Combines whole matrices, layer by layer, and cuts each result to the rank if there is one."""
     _check(updates, weights)
     if not is_number(density) or not 0 < density <= 1:
         raise ValueError(f"expected density in (0, 1], got {short(density)}")
-    check_integer("rank", rank)
+    if rank is not None:
+        check_integer("rank", rank)
     found = {}
     for name, parts in _by_layer(updates, weights).items():
         change = combine([weight * part.matrix for weight, part in parts])
+        if rank is None:
+            identity = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
+            found[name] = Update(change, identity.expand(*change.shape[:-2], -1, -1))
+            continue
         U, S, Vh = torch.linalg.svd(change, full_matrices=False)
         found[name] = from_svd(U, S, Vh, rank)
     return found
@@ -141,10 +147,9 @@ def _dense(
 
 def _trimmed(change: Tensor, density: float) -> Tensor:
     """The change with all but the largest entries zero."""
-    kept = change.abs().flatten().topk(max(1, round(density * change.numel()))).indices
-    mask = torch.zeros(change.numel(), dtype=torch.bool, device=change.device)
-    mask[kept] = True
-    return change * mask.view_as(change)
+    size = change.abs()
+    least = size.flatten().kthvalue(size.numel() - max(1, round(density * size.numel())) + 1).values
+    return change * (size >= least)
 
 
 def _compressed(update: Update, rank: int) -> Update:

@@ -17,7 +17,7 @@ from lorakit._optional import need, quiet
 from lorakit._paths import as_path
 from lorakit.merging.updates import Updates, check_updates
 
-KINDS = ("F32", "F16", "BF16", "Q8_0")
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 ENDS = ("token_embd", "output")  # an embedding's name there, and the output layer's
 SPLITTERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}  # a pre-tokenizer's steps -> its name there
 
@@ -28,7 +28,9 @@ def write_gguf(folder: str | os.PathLike, path: str | os.PathLike, kind: str = "
     Args:
         folder: config.json, safetensors and the tokenizer, as `save_pretrained` or `export_merged` leave them.
         path: the new file.
-        kind: of the matrices, one of `KINDS`; vectors stay in float32. Q8_0 has 8 bits and one scale a block of 32.
+        kind: of the matrices, one of `KINDS`; vectors stay in float32. Q8_0 has 8 bits and one scale a block of 32,
+            Q4_0 has 4 bits and one scale, Q4_1 a scale and a lowest value. With these two both ends of the model, which
+            suffer more, have Q8_0.
 
     Returns:
         the path.
@@ -103,10 +105,14 @@ class _Draft:
         self.writer = self.gguf.GGUFWriter(self.path, "llama")
 
     def add(self, name: str, tensor: Tensor, kind: str) -> None:
+        if kind.startswith("Q4") and name.split(".")[0] in ENDS:
+            kind = "Q8_0"
         chosen = self.gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
         values = tensor.detach().float().contiguous().cpu().numpy()
-        if chosen == self.gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-            raise ValueError(f"expected rows of whole blocks of 32 for Q8_0, got {tuple(values.shape)} for {name}")
+        if chosen.name.startswith("Q") and values.shape[-1] % 32:
+            raise ValueError(
+                f"expected rows of whole blocks of 32 for {chosen.name}, got {tuple(values.shape)} for {name}"
+            )
         self.writer.add_tensor(name, self.gguf.quantize(values, chosen), raw_dtype=chosen)
 
     def finish(self) -> Path:

@@ -8,6 +8,7 @@ import torch
 
 from lorakit.course.drawings import draw_dora, draw_lora, draw_merge, draw_sum
 from lorakit.course.drawings_bits import draw_block, draw_codebooks
+from lorakit.course.drawings_merging import draw_rounding, draw_routes, draw_ties_and_dare
 from lorakit.layers import nf4
 
 
@@ -74,4 +75,37 @@ def test_a_block_is_drawn_with_what_four_bits_hold_of_it():
     weights, back = (torch.tensor(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 64)
     assert torch.equal(weights, block)
     torch.testing.assert_close(back, nf4.dequantize(*nf4.quantize(block), block.shape))
+    plt.close(fig)
+
+
+def test_the_steps_of_a_route_stand_in_its_row_in_their_order():
+    fig, ax = plt.subplots()
+    routes = {"a": ["round", "add"], "b": ["add", "round"], "c": ["round", "add", "round"]}
+    draw_routes(ax, routes)
+    words = {"round": "to 4 bits", "add": "+ $\\Delta W$"}
+    for row, steps in enumerate(routes.values()):
+        boxes = sorted((text for text in ax.texts if text.get_bbox_patch() and text.get_position()[1] == -row),
+                       key=lambda text: text.get_position()[0])  # fmt: skip
+        assert [box.get_text() for box in boxes] == [words[step] for step in steps]
+    plt.close(fig)
+
+
+def test_a_push_ends_at_the_value_to_which_it_is_rounded():
+    fig, ax = plt.subplots()
+    draw_rounding(ax, [0.0, 1.0, 2.0, 4.0], held=[1.0], originals=[0.3, 1.4, 2.95], push=0.2)
+    said = [text.get_text() for text in ax.texts if text.get_text() in ("next value", "as before")]
+    assert said == ["as before", "as before", "next value", "next value"]
+    plt.close(fig)
+
+
+def test_the_bars_of_ties_and_dare_are_what_they_make():
+    first, second = torch.tensor([3.0, -1.0, 0.2, 2.0]), torch.tensor([-4.0, -0.5, 1.0, 0.1])
+    fig, axes = plt.subplots(1, 4)
+    draw_ties_and_dare(axes, first, second, density=0.5)
+    bars = [[bar.get_height() for bar in ax.patches] for ax in axes]
+    assert bars[0] == pytest.approx([*first.tolist(), *second.tolist()])
+    assert bars[1] == pytest.approx([3, 0, 0, 2, -4, 0, 1, 0])
+    assert bars[2] == pytest.approx([-4, 0, 1, 2])
+    assert all(any(x == pytest.approx(y, abs=1e-5) for y in (0, 2 * a, 2 * b, 2 * (a + b)))
+               for x, a, b in zip(bars[3], first.tolist(), second.tolist(), strict=True))  # fmt: skip
     plt.close(fig)

@@ -9,6 +9,7 @@ from lorakit.experiments.plots import (
     plot_loss,
     plot_memory,
     plot_numbers,
+    plot_plane,
     plot_seeds,
     plot_similarity,
 )
@@ -45,6 +46,7 @@ LINES = {
     plot_energy: [0.2, 0.7, 1.0],
     plot_against: INTERVALS,
     plot_numbers: {1: 0.01, 2: 0.1, 4: 1.0},
+    plot_plane: [(0.1, 0.9), (0.5, 0.5)],
 }
 SHARES = {300: [0.2, 0.4], 600: [0.5, 0.7]}
 

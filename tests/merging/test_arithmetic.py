@@ -191,6 +191,15 @@ def test_dare_is_the_sum_on_average_and_its_own_seed(two):
 
 
 @pytest.mark.parametrize("make", [ties, dare])
+def test_a_result_without_a_rank_is_whole(two, make):
+    own = [read_updates(folder) for folder in two[2]]
+    whole, cut = (make(own, [1.0, 0.5], 0.5, rank) for rank in (None, 100))
+    for name, update in whole.items():
+        assert update.shape == cut[name].shape
+        torch.testing.assert_close(update.matrix, cut[name].matrix, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [ties, dare])
 def test_a_dense_result_is_cut_to_the_rank(two, make):
     own = [read_updates(folder) for folder in two[2]]
     large, small = (make(own, [1.0, 1.0], 0.5, rank) for rank in (24, 2))

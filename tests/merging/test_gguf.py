@@ -39,7 +39,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "error"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2)])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2), ("Q4_0", 0.12), ("Q4_1", 0.12)]
+)
 def test_a_file_is_read_back_as_the_model(folder, tmp_path, kind, error):
     assert len(list(folder.glob("model*.safetensors"))) > 1, "several files"
     path = write_gguf(folder, tmp_path / "new" / "model.gguf", kind)
@@ -47,7 +49,8 @@ def test_a_file_is_read_back_as_the_model(folder, tmp_path, kind, error):
     again = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     for name, weight in model.state_dict().items():
         other = again.state_dict()[name]
-        assert (other - weight).norm() <= error * weight.norm(), name
+        bound = 1e-2 if kind.startswith("Q4") and "embed" in name else error  # both ends have eight bits at least
+        assert (other - weight).norm() <= bound * weight.norm(), name
     assert [file.name for file in path.parent.iterdir()] == ["model.gguf"]
 
 

@@ -61,9 +61,9 @@ from lorakit.course.checks.lesson_06_ablations import (
 )
 from lorakit.course.checks.lesson_07_merging import (
     check_add_adapters,
-    check_arrives,
     check_best_weights,
     check_compress,
+    check_expected_share,
     check_swallowed,
 )
 
@@ -72,7 +72,6 @@ __all__ = [
     "check_accumulate",
     "check_add_adapters",
     "check_allocate",
-    "check_arrives",
     "check_balance",
     "check_best_approximation",
     "check_best_weights",
@@ -86,6 +85,7 @@ __all__ = [
     "check_design",
     "check_energy",
     "check_equivalent",
+    "check_expected_share",
     "check_first_update",
     "check_forward",
     "check_four_bits",

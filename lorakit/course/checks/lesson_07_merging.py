@@ -1,14 +1,15 @@
-"""The checks of lesson 07's exercises: swallowed updates, sums, compression, best weights, merging into four bits."""
+"""The checks of lesson 07's exercises: swallowed updates, sums, compression, best weights, what a grid lets through."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.course.checks.exercise import Case, Exercise, exercise, in_parts
-from lorakit.course.checks.grading import as_tensor, ask, norm, parts, random_matrix, require, same
+from lorakit.course.checks.exercise import Case, Exercise, exercise
+from lorakit.course.checks.grading import as_tensor, ask, parts, random_matrix, require, same
 from lorakit.layers import nf4
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -167,31 +168,41 @@ def _shares(got: Any, case: Case) -> Iterator[tuple[str, Any]]:
     yield from (("the share by requantising", first), ("the share by the original", second))
 
 
-@exercise("right: why merging into four bits erases an adapter", _shares)
-def check_arrives() -> Iterator[Case]:
-    """Checks `arrives(W, update) -> requantised, original`: the share of an update that two routes into NF4 keep."""
+def _density(x: Tensor) -> Tensor:
+    return torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
 
-    def held(x: Tensor) -> Tensor:
-        return nf4.dequantize(*nf4.quantize(x), tuple(x.shape))
 
-    for i, strength in enumerate((0.002, 0.05, 0.5)):
-        W, D = 0.1 * random_matrix(64, 128, seed=i), 0.1 * strength * random_matrix(64, 128, seed=i + 7)
-        base, again, fresh = held(W), held(held(W) + D), held(W + D)
+def _moving(values: Tensor, held: Tensor, size: float) -> Tensor:
+    """The probability that a weight leaves its value."""
+    middles = torch.cat(
+        [values.new_tensor([-torch.inf]), (values[1:] + values[:-1]) / 2, values.new_tensor([torch.inf])]
+    )
+    own = torch.searchsorted(values, held)
+    stays = torch.special.ndtr((middles[own + 1] - held) / size) - torch.special.ndtr((middles[own] - held) / size)
+    return 1 - stays.mean()
 
-        def share(change: Tensor, D: Tensor = D) -> float:
-            return ((change * D).sum() / D.square().sum()).item()
 
-        cosine = share(again - base) * norm(D) / max(norm(again - base), 1e-30)
-        requantised = {
-            "is measured from W: the change is that of the weight which was served before": share(again - W),
-            "is a ratio of norms, which counts noise as update: project": norm(again - base) / norm(D),
-            "is a cosine: the projection is divided by the update's own square": cosine,
-            "is the share of values that change": (again != base).float().mean().item(),
+@exercise("right: what a grid lets through, from its gaps and the size of an update alone", "the share")
+def check_expected_share() -> Iterator[Case]:
+    """Checks `expected_share(values, held, size) -> share`: of normal updates of weights on a grid, what arrives."""
+    code = torch.tensor(nf4.NF4, dtype=torch.float64)
+    grids = {"NF4's values": code, "nine even values": torch.linspace(-1, 1, 9, dtype=torch.float64)}
+    for (name, values), size in product(grids.items(), (0.02, 0.08, 0.3)):
+        held = values[torch.arange(40) * 7 % len(values)]
+        gaps, middles = values.diff(), (values[1:] + values[:-1]) / 2
+        away = (middles - held[:, None]).abs()  # from each weight to each border
+        upwards = (gaps * _density(away / size) * (middles > held[:, None])).sum(1).mean() / size
+        nearest = (gaps * _density(away / size) * (away <= away.amin(1, keepdim=True) + 1e-12)).sum(1).mean() / size
+        far = (gaps * _density((values - held[:, None]).abs() / size)[:, 1:]).sum(1).mean() / size
+        share = (gaps * _density(away / size)).sum(1).mean() / size
+        hints = {
+            "looks upwards only: an update has two signs": upwards,
+            "stops at the nearest border: a large update crosses more than one": nearest,
+            "waits until a weight reaches the next value: it moves from the middle on": far,
+            "counts half the gap: a weight that moves moves by all of it": share / 2,
+            "is the share of weights that move": _moving(values, held, size),
+            "is not divided by the update's own square": share * size**2,
         }
-        original = {
-            "is measured from W: the change is that of the weight which was served before": share(fresh - W),
-            "is a ratio of norms, which counts noise as update: project": norm(fresh - base) / norm(D),
-            "adds the update to the dequantised weight, not to the original": share(again - base),
-        }
-        both = (share(again - base), requantised), (share(fresh - base), original)
-        yield Case(f"an update of {strength:g} of the weight's size", (W, D), *in_parts(*both))
+        wrong = {hint: value.item() for hint, value in hints.items()}
+        inputs = values.float(), held.float(), size
+        yield Case(f"{name}, updates of standard deviation {size:g}", inputs, share.item(), wrong)

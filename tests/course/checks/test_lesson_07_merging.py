@@ -44,10 +44,10 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda each, target: SOLVED["check_best_weights"](each, target).softmax(0), "w "),
         (by_least_squares, "right, but something of 9,600 numbers was made: B A is not needed"),
     ],
-    "check_arrives": [
-        (lambda W, D: SOLVED["check_arrives"](W, D)[::-1], "in the other order"),
-        (lambda W, D: (SOLVED["check_arrives"](W, D)[0],) * 2, "not to the original"),
-        (lambda W, D: SOLVED["check_arrives"](W, D)[0], "expected `return requantised, original`"),
+    "check_expected_share": [
+        (lambda v, held, size: SOLVED["check_expected_share"](v, held, size) / 2, "counts half the gap"),
+        (lambda v, held, size: SOLVED["check_expected_share"](v, held, size) * size**2, "own square"),
+        (lambda v, held, size: SOLVED["check_expected_share"](v, held, 2 * size), "the share should be"),
     ],
 }
 
