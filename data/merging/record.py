@@ -1,122 +1,193 @@
-"""Trains two skills on SmolLM2, merges them by several routes and combines them by several methods, and scores it all.
+"""Trains two skills on SmolLM2, combines them by several methods, merges one by several routes, and scores it all.
 
-    python data/merging/record.py      all runs, about forty minutes on two cores
+    python data/merging/record.py [part ...]      all runs, or those of some parts of `PARTS`; about half an hour
 
-Lesson 07 reads the records in routes and skills, which are made at the learning rates that those in rates show best.
-A second start makes only the runs that are missing. Trained adapters are kept in runs/merging, which is not part of the
-repository, and trained again if they are gone.
+Lesson 07 reads the records in rates, skills and routes; skills are made at the rates that those in rates show
+best. A second start makes only the runs that are missing. Trained adapters are kept in runs/merging, not part of
+the repository, and trained again if they are gone.
 """
 
-from functools import cache
+import os
+import sys
+from functools import cache, lru_cache
 from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
 import lorakit
-from lorakit.experiments.records import expand
+from lorakit.experiments.records import expand, frame
 from lorakit.experiments.sweep import sweep
-from lorakit.merging.arithmetic import compress, dare, linear, ties
-from lorakit.merging.updates import Update, attach, read_updates
+from lorakit.merging.arithmetic import dare, linear, ties
+from lorakit.merging.updates import Update, read_updates
 from lorakit.tasks.extraction import messages
+from lorakit.tasks.sql.task import generate
 from lorakit.tasks.task import encoded
-from lorakit.training.evaluate import kl_divergence, log_probabilities
+from lorakit.training.evaluate import kl_divergence, log_probabilities, teacher_forced
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE.parents[1] / "runs" / "merging"
-ITEMS, SEEDS, SKILLS = 96, [0, 1, 2], ["sql", "extract"]
-HOW = {"model": "smollm2", "version": 1, "steps": 32, "batch_size": 8}  # version: of the SQL task
-HOW |= {"rank": 8, "alpha": 32}
+SKILLS = ["sql", "records"]
+ITEMS = {"validation": 24, "test": 40}  # of each skill
+HOW = {"model": "smollm2", "version": 2, "steps": 24, "batch_size": 8, "rank": 8, "alpha": 32}  # version: of SQL
+RATES = [
+    {"skill": "sql", "lr": [2e-3, 4e-3, 8e-3], "seed": 0} | HOW,
+    {"skill": "records", "lr": [2e-3, 4e-3, 8e-3], "seed": 0} | HOW,
+]
+SEEDS = [0, 1]  # of the skills
 ROUTES = ["unmerged", "float32", "bfloat16", "float32, then NF4", "NF4", "NF4, then float32", "NF4, then NF4"]
-RATES = {"skill": SKILLS, "lr": [1e-3, 2e-3, 4e-3], "seed": 0} | HOW
+OF_ROUTES = {"base": ["float32", "NF4"], "route": ROUTES, "lr": 2e-3, "seed": [0, 1, 2]} | HOW
+OF_ROUTES |= {"version": 1, "steps": 32}  # the first edition, at the rate that was best there
 
 
-def grids(sql_lr, extract_lr):
-    """The grids of routes and of skills at the tuned rates."""
-    ones = {"weight": 1.0, "density": 1.0}
-    sums = ["sum", "sum, compressed", "factors added", "sum, same start"]
-    controls = ["base", "sql alone", "extract alone", "sql + random", "extract + random", "trained together"]
+def best_rate(skill):
+    """The rate with the most right answers on the validation items; of equals the one with less loss there."""
+    runs = frame(HERE / "rates", expand(RATES))
+    assert len(runs) == len(expand(RATES)), "another process is still tuning"
+    return float(runs[runs.skill == skill].sort_values(["right", "nats"], ascending=[False, True]).lr.iloc[0])
+
+
+def skills_grid():
+    """Seed after seed; within one, the weights of a combination behind each other."""
+    rates = {f"{skill}_lr": best_rate(skill) for skill in SKILLS}
     methods = [
-        {"method": controls} | ones,
-        {"method": sums, "weight": [0.5, 0.75, 1.0], "density": 1.0},
-        {"method": "sum, uneven", "weight": [0.25, 0.375, 0.5], "density": 1.0},
-        {"method": "DARE", "weight": [0.5, 0.75, 1.0], "density": 0.3},
-        {"method": "TIES", "weight": [1.0, 1.5, 2.0], "density": 0.3},
-        {"method": "extract - sql", "weight": [0.5, 1.0], "density": 1.0},
+        {"method": ["sql alone", "records alone"], "density": 1.0, "weight": 1.0},
+        {"method": "sum", "density": 1.0, "weight": [0.2, 0.3, 0.5, 0.8]},
+        {"method": "TIES", "density": 0.2, "weight": [0.3, 0.5, 0.8]},
+        {"method": "TIES", "density": 0.5, "weight": 0.5},
+        {"method": "TIES", "density": 1.0, "weight": [0.3, 0.5]},
+        {"method": "DARE", "density": 0.2, "weight": 0.5},
+        {"method": "DARE", "density": 0.5, "weight": [0.3, 0.5, 0.8]},
+        {"method": ["sum", "sql + random"], "density": 1.0, "weight": 1.0},
     ]
-    routes = {"base": ["float32", "NF4"], "route": ROUTES, "lr": sql_lr, "seed": SEEDS} | HOW
-    return routes, [each | {"sql_lr": sql_lr, "extract_lr": extract_lr, "seed": SEEDS} | HOW for each in methods]
+    return [each | rates | HOW | {"seed": seed} for seed in SEEDS for each in methods]
 
 
-def items(skill, split, version):
-    """train, tune, or test: the last on new tables, and on known fields in new words."""
+def items(skill, split, how, seed):
+    """As many as a training takes, or the first of held-out ones: SQL about new tables, records in new words."""
+    if split == "train":
+        n = how["steps"] * how["batch_size"]
+        return generate("train", n, seed, version=how["version"]) if skill == "sql" else messages("train", n, seed)
     if skill == "sql":
-        found = lorakit.load_sql({"train": "train", "tune": "phrasings", "test": "tables"}[split], version=version)
-        return found[: 400 if split == "train" else ITEMS]
-    return messages("train", 400) if split == "train" else messages("phrasings", ITEMS, seed=split == "tune")
+        found = lorakit.load_sql({"test": "tables"}.get(split, split), version=how["version"])
+        return found[: ITEMS[split]]
+    return messages("phrasings", ITEMS[split], seed=split == "validation")
 
 
 @cache
 def plain(model):
-    """The model without adapters, and its tokenizer."""
-    return lorakit.load_model(model)
+    """The model in bfloat16, which holds its weights exactly; its tokenizer; and these weights, by layer."""
+    model, tokenizer = lorakit.load_model(model)
+    layers = {name: model.get_submodule(name) for name in lorakit.find_targets(model)}
+    model.bfloat16()
+    return model, tokenizer, {name: (layer, layer.weight.detach().clone()) for name, layer in layers.items()}
 
 
-def right(model, tokenizer, skill, version, split="test"):
-    """How many items are answered rightly: SQL by its rows, records to the letter.
+def trained(skill, seed, how):
+    """The folder of an adapter, trained if need be, in bfloat16 with float32 factors."""
+    names = [skill, "original", seed, *(how[name] for name in sorted(how))]
+    folder = ADAPTERS / "-".join(map(str, names))
+    if not folder.exists():
+        model, tokenizer = lorakit.load_model(how["model"])
+        torch.manual_seed(2 * seed + SKILLS.index(skill))
+        lorakit.inject(model.bfloat16(), how["rank"], how["alpha"])
+        recipe = {name: how[name] for name in ("steps", "batch_size", "lr")}
+        lorakit.fit(model, encoded(tokenizer, items(skill, "train", how, seed)), **recipe, seed=seed, show=False)
+        lorakit.save_adapter(model, folder)
+    return folder
 
-    A query that is exact need not be generated; a record that is not exact is not right, but for blanks and tokens.
-    """
-    asked = items(skill, split, version)
-    if skill == "extract":
-        return sum(lorakit.exact_match(model, encoded(tokenizer, asked), show=False))
-    return sum(lorakit.SQL.right(model, tokenizer, asked, max_new_tokens=24, show=False))
+
+@torch.no_grad()
+def scored(how, splits, changes=None, weight=1.0, skills=SKILLS):
+    """Exact answers, and nats per token of the true ones, of the base with these changes in its weights."""
+    model, tokenizer, layers = plain(how["model"])
+    for name, (layer, before) in layers.items():
+        layer.weight.copy_(before.float() + weight * changes[name] if changes else before)
+    found = {}
+    for skill in skills:
+        for split in splits:
+            examples = encoded(tokenizer, items(skill, split, how, 0))
+            right, nats = zip(*teacher_forced(model, examples, show=False), strict=True)
+            tokens = sum(label != -100 for example in examples for label in example.labels)
+            ending = f"{skill}_{split}"
+            found |= {ending: sum(right), f"nats_{ending}": round(sum(nats) / tokens, 5)}
+    return found
 
 
-def trained(skills, base, seed, how, same_start=False):
-    """The folder of an adapter, trained if need be: on float32 or NF4 weights, from its skill's own start or SQL's."""
-    start = seed if same_start or skills[0] == "sql" else seed + 100
-    folder = ADAPTERS / "-".join(map(str, [*skills, base, seed, start, *(how[name] for name in sorted(how))]))
+def matrices(updates):
+    return {name: update.matrix for name, update in updates.items()}
+
+
+def rate(skill, seed, **how):
+    """Exact answers of one skill's adapter on the validation items."""
+    changes = matrices(read_updates(trained(skill, seed, how)))
+    found = scored(how, ["validation"], changes, skills=[skill])
+    return {
+        "right": found[f"{skill}_validation"],
+        "nats": found[f"nats_{skill}_validation"],
+        "items": ITEMS["validation"],
+    }
+
+
+def of_equal_norm(changes, seed):
+    """A control: random changes of the same rank and norm, layer by layer."""
+    random = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, update in changes.items():
+        B, A = (torch.randn(part.shape, generator=random, dtype=torch.float32) for part in (update.B, update.A))
+        found[name] = Update(B * (update.matrix.norm() / (B @ A).norm()), A)
+    return found
+
+
+@lru_cache(maxsize=1)
+def combined(method, density, seed, sql_lr, records_lr, how):
+    """The change of each weight; a method's weight is the same for both adapters, so that it scales this."""
+    how = dict(how)
+    rates = {"sql": sql_lr, "records": records_lr}
+    sql, records = (read_updates(trained(skill, seed, how | {"lr": rates[skill]})) for skill in SKILLS)
+    made = {
+        "sql alone": lambda: sql,
+        "records alone": lambda: records,
+        "sql + random": lambda: linear([sql, of_equal_norm(records, seed)], [1, 1]),
+        "sum": lambda: linear([sql, records], [1, 1]),
+        "TIES": lambda: ties([sql, records], [1, 1], density, None),
+        "DARE": lambda: dare([sql, records], [1, 1], density, None, seed),
+    }
+    return matrices(made[method]())
+
+
+def combine(method, weight, density, seed, sql_lr, records_lr, **how):
+    """Exact answers in both skills after a combination of the two adapters, merged into the weights."""
+    changes = combined(method, density, seed, sql_lr, records_lr, tuple(how.items()))
+    skills = ["sql"] if method == "sql + random" else SKILLS
+    return scored(how, ITEMS, changes, weight, skills) | {
+        "items": ITEMS["test"],
+        "validation_items": ITEMS["validation"],
+    }
+
+
+def trained_for_routes(base, seed, how):
+    """The folder of an adapter on float32 or NF4 weights, trained in float32 on the first 400 questions."""
+    folder = ADAPTERS / "-".join(map(str, ["sql", base, seed, seed, *(how[name] for name in sorted(how))]))
     if not folder.exists():
         model, tokenizer = lorakit.load_model(how["model"])
         if base == "NF4":
             lorakit.quantize_model(model)
-        torch.manual_seed(start)
+        torch.manual_seed(seed)
         lorakit.inject(model, how["rank"], how["alpha"])
-        examples = [each for skill in skills for each in encoded(tokenizer, items(skill, "train", how["version"]))]
+        examples = encoded(tokenizer, lorakit.load_sql("train", version=how["version"])[:400])
         recipe = {name: how[name] for name in ("steps", "batch_size", "lr")}
         lorakit.fit(model, examples, **recipe, seed=seed, show=False)
         lorakit.save_adapter(model, folder)
     return folder
 
 
-def scored(how, changes):
-    """Right answers in both skills with these changes added to the model."""
-    model, tokenizer = plain(how["model"])
-    if not changes:
-        return {skill: right(model, tokenizer, skill, how["version"]) for skill in SKILLS}
-    attach(model, changes)
-    try:
-        with lorakit.folded(model):
-            return {skill: right(model, tokenizer, skill, how["version"]) for skill in SKILLS}
-    finally:
-        lorakit.remove(model)
-
-
-def rate(skill, seed, **how):
-    """Right answers of one skill's adapter on the tuning items."""
-    model, tokenizer = plain(how["model"])
-    lorakit.load_adapter(model, trained([skill], "float32", seed, how))
-    try:
-        with lorakit.folded(model):
-            return {"right": right(model, tokenizer, skill, how["version"], "tune"), "items": ITEMS}
-    finally:
-        lorakit.remove(model)
-
-
 def serve(base, route, seed, **how):
     """The SQL adapter, trained on `base`, served by a route: KL to the unmerged model, and right answers."""
-    _, tokenizer = plain(how["model"])
-    examples, folder = encoded(tokenizer, items("sql", "test", how["version"])), trained(["sql"], base, seed, how)
+    _, tokenizer, _ = plain(how["model"])
+    asked = lorakit.load_sql("tables", version=how["version"])[:96]
+    examples, folder = encoded(tokenizer, asked), trained_for_routes(base, seed, how)
 
     def served(route):
         model = lorakit.load_model(how["model"])[0]
@@ -134,67 +205,22 @@ def serve(base, route, seed, **how):
     model = served(route)
     reference = log_probabilities(served("unmerged"), examples)
     error = kl_divergence(reference, log_probabilities(model, examples))
-    return {"kl": error, "right": right(model, tokenizer, "sql", how["version"]), "items": ITEMS}
+    right = sum(lorakit.SQL.right(model, tokenizer, asked, max_new_tokens=24, show=False))
+    return {"kl": error, "right": right, "items": len(asked)}
 
 
-def factors_added(parts, weights):
-    """PEFT's combination "linear", for adapters of one rank: the factors are summed, each with its weight's root."""
-    roots = [weight**0.5 for weight in weights]
-    return {
-        name: Update(
-            sum(root * part[name].B for root, part in zip(roots, parts, strict=True)),
-            sum(root * part[name].A for root, part in zip(roots, parts, strict=True)),
-        )
-        for name in parts[0]
-    }
+PARTS = {  # folder -> function, grid
+    "rates": (rate, lambda: RATES),
+    "skills": (combine, skills_grid),
+    "routes": (serve, lambda: OF_ROUTES),
+}
 
 
-def of_equal_norm(changes, seed):
-    """A control: random changes of the same rank and norm, layer by layer."""
-    random = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, update in changes.items():
-        B, A = torch.randn(update.B.shape, generator=random), torch.randn(update.A.shape, generator=random)
-        found[name] = Update(B * (update.matrix.norm() / (B @ A).norm()), A)
-    return found
-
-
-def combine(method, weight, density, seed, sql_lr, extract_lr, **how):
-    """Right answers in both skills after a combination of the two adapters."""
-    rank, weights, rates = how["rank"], [weight, weight], {"sql": sql_lr, "extract": extract_lr}
-    if method == "base":
-        return scored(how, {}) | {"items": ITEMS}
-    if method == "trained together":
-        both = trained(SKILLS, "float32", seed, how | {"lr": sql_lr, "steps": 2 * how["steps"]})
-        return scored(how, read_updates(both)) | {"items": ITEMS}
-    same = method == "sum, same start"
-    parts = [read_updates(trained([s], "float32", seed, how | {"lr": rates[s]}, same_start=same)) for s in SKILLS]
-    made = {
-        "sql alone": lambda: parts[0],
-        "extract alone": lambda: parts[1],
-        "sql + random": lambda: linear([parts[0], of_equal_norm(parts[1], seed)], [1, 1]),
-        "extract + random": lambda: linear([parts[1], of_equal_norm(parts[0], seed)], [1, 1]),
-        "sum": lambda: linear(parts, weights),
-        "sum, same start": lambda: linear(parts, weights),
-        "sum, uneven": lambda: linear(parts, [1, weight]),
-        "sum, compressed": lambda: compress(linear(parts, weights), rank),
-        "factors added": lambda: factors_added(parts, weights),
-        "TIES": lambda: ties(parts, weights, density, rank),
-        "DARE": lambda: dare(parts, weights, density, rank, seed),
-        "extract - sql": lambda: linear(parts, [-weight, 1]),
-    }
-    return scored(how, made[method]()) | {"items": ITEMS}
-
-
-def main():
-    command = "python data/merging/record.py"
-    rates = sweep(rate, RATES, HERE / "rates", command=command)
-    assert len(rates) == len(expand(RATES)), "another process is still tuning"
-    best = rates.loc[rates.groupby("skill").right.idxmax()].set_index("skill").lr  # of equals the lowest
-    routes, skills = grids(float(best["sql"]), float(best["extract"]))
-    sweep(serve, routes, HERE / "routes", command=command)
-    sweep(combine, skills, HERE / "skills", command=command)
+def main(parts=tuple(PARTS)):
+    for part in parts:
+        run, grid = PARTS[part]
+        sweep(run, grid(), HERE / part, command=f"python data/merging/record.py {part}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or tuple(PARTS))

@@ -99,18 +99,12 @@ def draw_ties_and_dare(axes: Iterable[Axes], first: Tensor, second: Tensor, dens
     both = [first, second]
     pair = [{"w": Update(each[None], torch.eye(len(each), dtype=each.dtype))} for each in both]
 
-    def of(combine, updates):
-        return combine(updates, [1.0] * len(updates), density, None)["w"].matrix[0]
-
-    trimmed = [of(ties, [each]) for each in pair]
-    dropped = of(lambda *given: dare(*given, seed=seed), pair)
-    titles = (
-        "two updates",
-        f"TIES trims: {density:.0%} stay",
-        "one sign wins: their mean",
-        f"DARE: ÷ {density:g}, summed",
-    )
-    panels = [(both, titles[0]), (trimmed, titles[1]), ([of(ties, pair)], titles[2]), ([dropped], titles[3])]
+    panels = [
+        (both, "two updates"),
+        ([ties([each], [1.0], density, None)["w"].matrix[0] for each in pair], f"TIES trims: {density:.0%} stay"),
+        ([ties(pair, [1.0, 1.0], density, None)["w"].matrix[0]], "one sign wins: their mean"),
+        ([dare(pair, [1.0, 1.0], density, None, seed)["w"].matrix[0]], f"DARE: ÷ {density:g}, summed"),
+    ]
     looks = [(COLOURS[0], ""), (COLOURS[1], "//"), (COLOURS[2], "..")]
     for k, (ax, (rows, title)) in enumerate(zip(axes, panels, strict=True)):
         width = 0.8 / len(rows)
@@ -120,4 +114,4 @@ def draw_ties_and_dare(axes: Iterable[Axes], first: Tensor, second: Tensor, dens
             ax.bar(where, row.tolist(), width, color=colour, hatch=hatch, edgecolor="white")
         ax.axhline(0, color=INK, lw=0.8)
         style(ax, title, "entry", "" if k else "change of the weight")
-        ax.set_xticks(range(len(first)), range(1, len(first) + 1))
+        ax.set_xticks(range(len(first)), [str(entry) for entry in range(1, len(first) + 1)])

@@ -278,10 +278,11 @@ def plot_plane(
         title: the question that the figure answers.
         xlabel, ylabel: what the shares are of, with their unit.
     """
-    looks = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
+    looks = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS + "P*"), strict=False)
     for (label, points), (colour, dash, marker) in zip(paths.items(), looks, strict=False):
         x, y = ([100 * point[k] for point in points] for k in (0, 1))
         ax.plot(x, y, dash if len(points) > 1 else "", marker=marker, color=colour, label=label, ms=7, alpha=0.9)
-    ax.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
+    top = 110 * max(share for points in paths.values() for point in points for share in point) + 1
+    ax.set(xlim=(-0.03 * top, top), ylim=(-0.03 * top, top), aspect="equal")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return style(ax, title, xlabel, ylabel)
