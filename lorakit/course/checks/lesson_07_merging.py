@@ -188,7 +188,7 @@ def check_expected_share() -> Iterator[Case]:
     code = torch.tensor(nf4.NF4, dtype=torch.float64)
     grids = {"NF4's values": code, "nine even values": torch.linspace(-1, 1, 9, dtype=torch.float64)}
     for (name, values), size in product(grids.items(), (0.02, 0.08, 0.3)):
-        held = values[torch.arange(40) * 7 % len(values)]
+        held = values[torch.arange(40, dtype=torch.int64) * 7 % len(values)]
         gaps, middles = values.diff(), (values[1:] + values[:-1]) / 2
         away = (middles - held[:, None]).abs()  # from each weight to each border
         upwards = (gaps * _density(away / size) * (middles > held[:, None])).sum(1).mean() / size
