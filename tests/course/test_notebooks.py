@@ -195,7 +195,6 @@ def test_a_lesson_keeps_the(law, path):
 
 
 OWN_RULES = {"difference", "differences_from", "tuned", "tuned_arms", "optimum", "ttest_ind", "ttest_rel", "dunnett"}
-FIRST_EDITION = {}  # lessons that still decide in their own ways; the list only shrinks
 
 
 @each_lesson
@@ -203,11 +202,7 @@ def test_a_lesson_decides_by_the_one_rule(path):
     """Comparisons are `compare`'s, `compare_all`'s and `tune`'s: other rules know no flags."""
     nodes = [node for cell in code_cells(nbformat.read(path, 4)) for node in ast.walk(ast.parse(cell.source))]
     taken = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    number = path.stem[:2]
-    if number in FIRST_EDITION:
-        assert taken & OWN_RULES, f"lesson {number} keeps the rule: take it off FIRST_EDITION"
-    else:
-        assert not taken & OWN_RULES
+    assert not taken & OWN_RULES
 
 
 # ---- the laws themselves: a lesson that keeps them all, and what breaks each ----
