@@ -1,6 +1,6 @@
 """Trains two skills on SmolLM2, combines them by several methods, merges one by several routes, and scores it all.
 
-    python data/merging/record.py [part ...]      all runs, or those of some parts of `PARTS`; about half an hour
+    python data/merging/record.py [part ...]      all runs, or those of some parts of `PARTS`; about an hour
 
 Lesson 07 reads the records in rates, skills and routes; skills are made at the rates that those in rates show
 best. A second start makes only the runs that are missing. Trained adapters are kept in runs/merging, not part of
