@@ -2,7 +2,7 @@
 
     python data/intrinsic/record.py
 
-teaches the tiny base 24 and 48 facts in random d-dimensional subspaces of its parameters, with LoRA and in full, each
+teaches the tiny base 24, 48 and 96 facts in random d-dimensional subspaces of its parameters, with LoRA and in full, each
 at its own best learning rate: ten minutes on one core. Lesson 01 reads the records in trainings.
 """
 
@@ -78,8 +78,12 @@ class Plan:
         )
 
 
-# Twice the facts in twice the batch: as many epochs, and does d90 double?
-PLANS = (Plan(), Plan(n_facts=48, batch_size=16, dimensions=(256, 512, 1024, 2048, 4096)))
+# Twice and four times the facts, in batches as much larger: as many epochs, and does d90 double each time?
+PLANS = (
+    Plan(),
+    Plan(n_facts=48, batch_size=16, dimensions=(256, 512, 1024, 2048, 4096)),
+    Plan(n_facts=96, batch_size=32, dimensions=(512, 1024, 2048, 4096)),
+)
 
 
 def run(

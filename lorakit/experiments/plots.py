@@ -122,7 +122,7 @@ def plot_by_depth(values: Mapping[str, Mapping[int, float]], ax: Axes, title: st
         ylabel: the number, with its unit.
     """
     for i, (label, points) in enumerate(values.items()):
-        dash = ("-", "--", ":")[i // len(COLOURS) % 3]
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
         depths = sorted(points)
         heights = [points[depth] for depth in depths]
         ax.plot(depths, heights, dash, marker=".", color=COLOURS[i % len(COLOURS)], label=label)

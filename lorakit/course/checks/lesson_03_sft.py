@@ -83,8 +83,8 @@ def check_mask() -> Iterator[Case]:
 def check_padding_share() -> Iterator[Case]:
     """Checks `padding_share(lengths, batch_size) -> share`: the padding among all places of padded batches."""
     for lengths, size in ([3, 5, 4, 8], 2), ([7, 7, 7], 3), ([1, 9, 2, 3, 6], 2), ([4, 1, 1, 1, 10], 8):
-        batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
-        places, text = sum(len(batch) * max(batch) for batch in batches), sum(lengths)
+        batches = _batches(lengths, size)
+        places, text = _places(lengths, size), sum(lengths)
         means = [1 - sum(batch) / (len(batch) * max(batch)) for batch in batches]
         wrong = {
             "is the share of text: padding is what is left": text / places,
@@ -93,7 +93,7 @@ def check_padding_share() -> Iterator[Case]:
             "is the mean of the batches' shares: a long batch has more places": sum(means) / len(means),
             "compares the padding with the text: divide by all places": (places - text) / text,
             "gives the last batch more rows than it has": 1 - text / sum(size * max(batch) for batch in batches),
-            "sorts first: take the texts in the given order": 1 - text / _sorted_places(lengths, size),
+            "sorts first: take the texts in the given order": 1 - text / _places(sorted(lengths), size),
         }
         yield Case(f"lengths {lengths}, batch_size {size}", (lengths, size), 1 - text / places, wrong)
 
@@ -361,9 +361,12 @@ def _small_llama() -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def _sorted_places(lengths: list[int], size: int) -> int:
-    ordered = sorted(lengths)
-    return sum(len(batch) * max(batch) for batch in (ordered[i : i + size] for i in range(0, len(ordered), size)))
+def _batches(lengths: list[int], size: int) -> list[list[int]]:
+    return [lengths[i : i + size] for i in range(0, len(lengths), size)]
+
+
+def _places(lengths: list[int], size: int) -> int:
+    return sum(len(batch) * max(batch) for batch in _batches(lengths, size))
 
 
 def _truth(answer: Any, on: str) -> bool:
