@@ -2,8 +2,8 @@
 
     python data/intrinsic/record.py
 
-teaches the tiny base 24, 48 and 96 facts in random d-dimensional subspaces of its parameters, with LoRA and in full, each
-at its own best learning rate: ten minutes on one core. Lesson 01 reads the records in trainings.
+teaches the tiny base 24, 48 and 96 facts in random d-dimensional subspaces of its parameters, with LoRA and in full,
+each at its own best learning rate: a quarter of an hour on one core. Lesson 01 reads the records in trainings.
 """
 
 import math

@@ -37,8 +37,8 @@ PROMPT = COMMON | {"arm": "prompt tuning", "virtual_tokens": 20}
 GRIDS = {
     "rates": [LORA | {"lr": [2e-3, 4e-3, 1e-3, 8e-3, 2e-4]}, FULL | {"lr": [2e-4, 4e-4, 1e-4, 8e-4, 1.6e-3, 5e-5]}],
     "prompt": [
-        PROMPT | {"start": "words", "lr": [1e-1, 3e-1, 1.0, 3e-2, 1e-2, 1e-3]},
-        PROMPT | {"start": "random", "lr": [3e-1, 1e-1, 1.0, 3e-2, 1e-2, 1e-3]},
+        PROMPT | {"start": "words", "lr": [1e-1, 3e-1, 1.0, 3e-2, 1e-2, 1e-3, 3.0]},
+        PROMPT | {"start": "random", "lr": [3e-1, 1e-1, 1.0, 3e-2, 1e-2, 1e-3, 3.0]},
         PROMPT | {"start": "words", "lr": [3e-1, 1e-1, 1.0], "steps": 140},
     ],
 }
