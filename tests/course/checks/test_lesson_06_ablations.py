@@ -122,7 +122,7 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (lambda runs: {row[0]: row[1:] for row in SOLVED["check_rank_table"](runs)}, "tuples of five numbers"),
         (lambda runs: SOLVED["check_rank_table"](runs)[::-1], "sorted by rank"),
         (lambda runs: SOLVED["check_rank_table"](runs)[:1], "expected 4 rows, one a rank, got 1"),
-        (at_the_best_run, "rank 4, mean is at the rate with the best single run"),
+        (at_the_best_run, "mean is at the rate with the best single run"),
         (
             flattered,
             "rank 4, mean is at the rate that is best on all seeds: the scored one has taken part in the choice",
