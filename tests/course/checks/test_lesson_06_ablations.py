@@ -125,7 +125,7 @@ MISTAKES = {  # check -> a wrong answer, and the words of its hint
         (at_the_best_run, "mean is at the rate with the best single run"),
         (
             flattered,
-            "rank 4, mean is at the rate that is best on all seeds: the scored one has taken part in the choice",
+            "mean is at the rate that is best on all seeds: the scored one has taken part in the choice",
         ),
     ],
     "check_verdict": [
