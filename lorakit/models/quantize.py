@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit._random import seeded
 from lorakit._suggest import near_names
 from lorakit.layers.bases import FLOATS, dense_weight, is_plain, storage_of
 from lorakit.layers.bnb import is_linear4bit, keep_order
@@ -65,7 +66,8 @@ def quantize_model(model: nn.Module, targets: str | Iterable[str] = "all-linear"
         for name in settings:
             if name not in known:
                 raise ValueError(f"expected a setting of NF4Linear, {near_names(name, known)}")
-        trial = nn.Linear(2, 2, dtype=torch.float32)
+        with seeded():
+            trial = nn.Linear(2, 2, dtype=torch.float32)
         NF4Linear(trial, **settings)  # settings out of range are refused before anything is replaced
     for each in layers.values():
         replace(model, {each: NF4Linear(each, **settings)})

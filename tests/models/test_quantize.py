@@ -34,6 +34,20 @@ def has_trap():
 # ---- whole models ----
 
 
+def test_adapters_are_the_same_whether_the_seed_is_set_before_or_after_rounding():
+    found = []
+    for early in (True, False):
+        model = build("llama")
+        if early:
+            torch.manual_seed(5)
+        quantize_model(model)
+        if not early:
+            torch.manual_seed(5)
+        lorakit.inject(model, 2, 4)
+        found.append([layer.A for layer in lorakit.adapters(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "gpt2", "qwen2", "phi", "opt", "bert", "t5"])
 def test_every_linear_layer_but_the_head_is_quantised(name):
     model = build(name)
