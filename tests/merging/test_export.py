@@ -84,9 +84,10 @@ def test_plain_transformers_loads_it(tmp_path):
 @pytest.mark.slow
 def test_smollm2_from_end_to_end(tmp_path):
     model, _ = lorakit.load_model("smollm2")
+    torch.manual_seed(0)
     lorakit.inject(model, 8, 8)
     for adapter in lorakit.adapters(model).values():
-        torch.nn.init.normal_(adapter.B, std=0.02)
+        torch.nn.init.normal_(adapter.B, std=0.1)
     lorakit.save_adapter(model, tmp_path / "adapter")
     with torch.no_grad():
         want = model(input_ids=TOKENS).logits.argmax(-1)[0].tolist()

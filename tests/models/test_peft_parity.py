@@ -35,7 +35,7 @@ def test_our_file_in_peft_gives_equal_logits_and_gradients(name, rank, scale_rul
     inject(ours, rank, 8, scale_rule=scale_rule)
     randomise(ours)
     theirs = from_folder(base, save_adapter(ours, tmp_path))
-    torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-6, atol=5e-6)
     assert relative(logits_of(ours, name), logits_of(base, name)) > 1e-3  # the adapter does act
     mine, yours = gradients(ours, name), gradients(theirs, name)
     assert set(mine) == set(yours)
@@ -52,7 +52,7 @@ def test_pefts_file_in_ours_gives_equal_logits_and_merged_weights(name, tmp_path
     ours = copy.deepcopy(base)
     loaded = count(load_adapter(ours, tmp_path))
     assert loaded.trainable == theirs.get_nb_trainable_parameters()[0]
-    torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits_of(ours, name), logits_of(theirs, name), rtol=1e-6, atol=5e-6)
     expected = theirs.merge_and_unload().state_dict()
     merged = merge(ours).state_dict()
     assert list(merged) == list(expected)
