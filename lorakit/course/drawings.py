@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Arc, Rectangle
 from torch import Tensor
 
-from lorakit.experiments.plots import COLOURS, GREY
+from lorakit.experiments.plots import COLOURS, GREY, INK
 from lorakit.layers.lowrank import captured_energy, truncated_svd
 
 
@@ -19,12 +19,12 @@ def draw_lora(ax: Axes, d_in: int, d_out: int, rank: int) -> Axes:
     end = left + d_in + gap + rank + gap
 
     def block(x: float, y: float, columns: float, rows: float, colour: str, label: str) -> None:
-        ax.add_patch(Rectangle((x, y - rows / 2), columns, rows, facecolor=colour, edgecolor="#333333"))
+        ax.add_patch(Rectangle((x, y - rows / 2), columns, rows, facecolor=colour, edgecolor=INK))
         ax.text(x + columns / 2, y + rows / 2 + 0.4, label, ha="center", va="bottom")
 
     def arrow(*points: tuple[float, float]) -> None:
-        ax.plot(*zip(*points[:-1], strict=True), color="#333333", lw=1)
-        ax.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "->", "color": "#333333"})
+        ax.plot(*zip(*points[:-1], strict=True), color=INK, lw=1)
+        ax.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "->", "color": INK})
 
     block(-1, 0, 1, d_in, COLOURS[4], f"x\n({d_in})")
     block(left, above, d_in, d_out, GREY, f"W, frozen ({d_out}, {d_in})")
@@ -54,7 +54,7 @@ def draw_merge(ax: Axes, d_in: int, d_out: int, rank: int) -> Axes:
     def block(columns: float, rows: float, colour: str, label: str, sign: str, hatch: str = "") -> None:
         nonlocal x
         where = (x, -rows / 2)
-        ax.add_patch(Rectangle(where, columns, rows, facecolor=colour, edgecolor="#333333", hatch=hatch))
+        ax.add_patch(Rectangle(where, columns, rows, facecolor=colour, edgecolor=INK, hatch=hatch))
         ax.text(x + columns / 2, d_out / 2 + 0.5, label, ha="center", va="bottom")
         ax.text(x + columns + gap / 2, 0, sign, ha="center", va="center", fontsize=13)
         x += columns + gap

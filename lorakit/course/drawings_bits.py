@@ -6,9 +6,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from lorakit.experiments.plots import COLOURS, MARKERS, style
-
-INK = "#333333"
+from lorakit.experiments.plots import COLOURS, INK, MARKERS, style
+from lorakit.layers import nf4
 
 
 def draw_codebooks(ax: Axes, codebooks: Mapping[str, Sequence[float]], absmax: float, title: str = "") -> Axes:
@@ -43,20 +42,18 @@ def draw_block(ax: Axes, block: Tensor, codebook: Sequence[float], title: str = 
 
     Args:
         ax: where to draw.
-        block: (n), the weights that share an absmax.
+        block: (n), the weights that share an absmax; n is even.
         codebook: the numbers of the format, in units of absmax.
         title: the question that the figure answers.
     """
-    absmax = block.abs().max()
-    levels = absmax * torch.tensor(codebook, dtype=torch.float32)
-    back = levels[(block[:, None] - levels).abs().argmin(1)]
-    for level in levels.tolist():
-        ax.axhline(level, color=COLOURS[0], lw=0.6, alpha=0.6, zorder=0)
+    book, largest = tuple(codebook), int(block.abs().argmax())
+    back = nf4.dequantize(*nf4.quantize(block, book, len(block)), block.shape, codebook=book, block_size=len(block))
+    for number in book:
+        ax.axhline(block[largest].abs().item() * number, color=COLOURS[0], lw=0.6, alpha=0.6, zorder=0)
     places = range(len(block))
     ax.vlines(places, block, back, color=INK, lw=1.2)
     ax.plot(places, block, "o", color=INK, mfc="white", ms=5, label="weight")
     ax.plot(places, back, "_", color=COLOURS[0], ms=8, mew=2.5, label="what four bits hold")
-    largest = int(block.abs().argmax())
     text = ax.annotate("absmax: no error", (largest, block[largest]), (12, 0), textcoords="offset points", va="center")
     text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

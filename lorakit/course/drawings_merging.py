@@ -6,11 +6,9 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from lorakit.experiments.plots import COLOURS, GREY, style
+from lorakit.experiments.plots import COLOURS, GREY, INK, style
 from lorakit.merging.arithmetic import dare, ties
 from lorakit.merging.updates import Update
-
-INK = "#333333"
 
 
 def draw_routes(ax: Axes, routes: Mapping[str, Sequence[str]]) -> Axes:

@@ -15,6 +15,7 @@ from lorakit.experiments.stats import mean_interval, share_interval
 # Paul Tol's "bright" scheme, safe for the colour-blind
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 GREY = "#bbbbbb"
+INK = "#333333"  # of outlines, arrows and what belongs to no arm
 DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dvx"  # lines are told apart without their colours, too
 
 
@@ -41,7 +42,7 @@ def plot_loss(
     for (label, values), colour in zip(losses.items(), COLOURS, strict=False):
         ax.plot(range(1, len(values) + 1), values, color=colour, label=label)
     if held_out:
-        ax.plot(*zip(*held_out, strict=True), "o--", color="#333333", ms=5, label="held out")
+        ax.plot(*zip(*held_out, strict=True), "o--", color=INK, ms=5, label="held out")
     ax.set_ylim(bottom=0)
     if len(ax.lines) > 1:
         ax.legend(frameon=False)
@@ -84,7 +85,7 @@ def plot_accuracy(arms: Mapping[str, Mapping[str, tuple[float, float, float]]], 
         places = [k + (i - (len(arms) - 1) / 2) * width for k in range(len(splits))]
         share, low, high = ([100 * values[k] for values in splits.values()] for k in range(3))
         errors = [[s - lo for s, lo in zip(share, low, strict=True)], [h - s for s, h in zip(share, high, strict=True)]]
-        ax.bar(places, share, 0.92 * width, yerr=errors, capsize=3, color=colour, ecolor="#333333", label=label)
+        ax.bar(places, share, 0.92 * width, yerr=errors, capsize=3, color=colour, ecolor=INK, label=label)
         for place, value, top in zip(places, share, high, strict=True):
             ax.text(place, top + 1.5, f"{value:.0f}", ha="center")
     ax.set_xticks(range(len(splits)), list(splits))
