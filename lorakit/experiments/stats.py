@@ -2,18 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from scipy.stats import bootstrap, chi2, dunnett, t, ttest_ind
+from scipy.stats import bootstrap, chi2, t, ttest_ind
 
 from lorakit._numbers import check_integer, check_list, is_number
 from lorakit._words import short
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def accuracy_interval(
@@ -181,27 +178,6 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95,
     return Difference(mean, float(interval.low), float(interval.high))
 
 
-def differences_from(
-    control: Sequence[float], arms: Mapping[str, Sequence[float]], confidence: float = 0.95
-) -> dict[str, Difference]:
-    """The difference of each arm from a control, with intervals that hold for all of them at once (Dunnett 1955).
-
-    The more arms are compared, the wider: one of twenty would differ by chance. Runs are taken to scatter alike in all
-    arms, which is what lets few seeds decide anything; where they clearly do not, ask `difference` arm by arm.
-
-    Raises:
-        ValueError: as in `difference`.
-    """
-    if not isinstance(arms, Mapping) or not arms:
-        raise ValueError(f"expected arms by name, got {short(arms)}")
-    for values in arms.values():
-        difference(values, control, confidence)
-    interval = dunnett(*arms.values(), control=control, random_state=0).confidence_interval(confidence)
-    means = [fmean(values) - fmean(control) for values in arms.values()]
-    found = zip(means, map(float, interval.low), map(float, interval.high), strict=True)
-    return dict(zip(arms, (Difference(*each) for each in found), strict=True))
-
-
 def bootstrap_interval(
     values: Sequence[float],
     statistic: Callable[[Sequence[float]], float] = fmean,
@@ -225,98 +201,3 @@ def bootstrap_interval(
         (values,), lambda x: statistic(list(x)), vectorized=False, confidence_level=confidence, rng=seed
     ).confidence_interval
     return whole, float(found.low), float(found.high)
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """The best setting of a sweep, and whether it is at an edge, so that a better one may lie outside."""
-
-    at: float
-    value: float
-    edge: str  # "lowest", "highest", "only" setting of the sweep, or "" inside it
-
-
-def optimum(values: Mapping[float, float]) -> Optimum:
-    """The setting with the largest value, the smaller setting of equals.
-
-    Args:
-        values: setting, such as a learning rate -> value, such as a mean accuracy.
-
-    Raises:
-        ValueError: no values, or one that is NaN.
-    """
-    if not isinstance(values, Mapping) or not values or any(not is_number(v) or v != v for v in values.values()):
-        raise ValueError(f"expected values by their setting, none of them NaN, got {short(values)}")
-    at = min(values, key=lambda setting: (-values[setting], setting))
-    edge = "only" if len(values) == 1 else {min(values): "lowest", max(values): "highest"}.get(at, "")
-    return Optimum(at, values[at], edge)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What an arm of an ablation reaches after its own tuning, seed by seed."""
-
-    values: list[float]  # one a seed, at the setting that the other seeds chose
-    best: Optimum  # the setting that all seeds choose, with its mean value
-    chosen: list[float]  # the setting for each seed
-
-    @property
-    def interval(self) -> tuple[float, float, float]:
-        """Mean, low and high of `values`, as `mean_interval` has them."""
-        return mean_interval(self.values)
-
-
-def tuned(values: Mapping[float, Sequence[float]]) -> Arm:
-    """What tuning is worth on seeds that did not take part in it: each is scored where the others are best.
-
-    The best mean of a sweep is too good, as a maximum over noise, and the more settings, the better it looks. Leaving
-    the scored seed out of the choice takes this advantage away (cross-validation over seeds, Stone 1974).
-
-    Args:
-        values: setting, such as a learning rate -> one value a seed, the seeds in the same order everywhere; more is
-            better.
-
-    Raises:
-        ValueError: fewer than two seeds, settings with different numbers of them, or a value that is not finite.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"expected values by their setting, got {short(values)}")
-    rows = {setting: list(row) for setting, row in values.items()}
-    seeds = {len(row) for row in rows.values()}
-    if len(seeds) != 1 or min(seeds) < 2 or not all(math.isfinite(value) for row in rows.values() for value in row):
-        raise ValueError(f"expected finite values of the same two or more seeds for each setting, got {rows}")
-    chosen = [
-        optimum({setting: fmean(row[:seed] + row[seed + 1 :]) for setting, row in rows.items()}).at
-        for seed in range(seeds.pop())
-    ]
-    best = optimum({setting: fmean(row) for setting, row in rows.items()})
-    return Arm([rows[setting][seed] for seed, setting in enumerate(chosen)], best, chosen)
-
-
-def tuned_arms(frame: "pd.DataFrame", arm: str, value: str, tune: str = "lr", seed: str = "seed") -> dict[Any, Arm]:
-    """The `tuned` arms of a sweep's frame.
-
-    Args:
-        frame: one row a run, as `sweep` returns it; every arm has every seed at each of its settings once.
-        arm: the column that names the arms.
-        value: the column of what is to be large.
-        tune: the column that is tuned for each arm.
-        seed: the column of seeds.
-
-    Returns:
-        arm -> `Arm`, its values in the order of the seeds, the arms in order of appearance.
-
-    Raises:
-        KeyError: there is no such column.
-        ValueError: a run is missing, failed or there twice; or as in `tuned`. What a run that diverged is worth, you
-            say before: `frame.fillna({"correct": 0})`.
-    """
-    found = {}
-    for name, group in frame.groupby(arm, sort=False):
-        if group.duplicated([tune, seed]).any():
-            raise ValueError(f"expected one run for each {tune} and {seed}, got more for {arm} {name!r}")
-        table = group.pivot(index=tune, columns=seed, values=value)
-        if table.isna().any(axis=None):
-            raise ValueError(f"expected a {value} for each {tune} and {seed}, some are missing for {arm} {name!r}")
-        found[name] = tuned({float(setting): row.tolist() for setting, row in table.iterrows()})
-    return found

@@ -194,7 +194,7 @@ def test_a_lesson_keeps_the(law, path):
     law(nbformat.read(path, as_version=4))
 
 
-OWN_RULES = {"difference", "differences_from", "tuned", "tuned_arms", "optimum", "ttest_ind", "ttest_rel", "dunnett"}
+OWN_RULES = {"difference", "ttest_ind", "ttest_rel", "dunnett"}
 
 
 @each_lesson

@@ -4,7 +4,6 @@ import math
 import random
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -14,11 +13,7 @@ from lorakit.experiments.stats import (
     bootstrap_interval,
     deviation_interval,
     difference,
-    differences_from,
     mean_interval,
-    optimum,
-    tuned,
-    tuned_arms,
 )
 
 A, B = [0.90, 0.94, 0.92, 0.95], [0.85, 0.90, 0.88, 0.89]
@@ -76,15 +71,6 @@ def test_arms_without_scatter():
     assert bootstrap_interval([2.0, 2.0]) == (2, 2, 2)
 
 
-def test_many_arms_against_a_control_get_wider_intervals():
-    one = differences_from(B, {"a": A})["a"]
-    many = differences_from(B, {"a": A} | {str(k): [value + 0.001 * k for value in B] for k in range(12)})
-    assert many["a"].mean == pytest.approx(one.mean)
-    assert many["a"].low < one.low < one.high < many["a"].high
-    assert next(iter(many)) == "a"
-    assert many["0"].verdict == "cannot be separated"
-
-
 @pytest.mark.parametrize("paired", [False, True])
 def test_an_interval_holds_as_often_as_it_says(paired):
     rng = np.random.default_rng(0)
@@ -106,14 +92,6 @@ def test_a_bootstrap_of_the_median():
     assert bootstrap_interval(values, np.median) == (median, low, high)
 
 
-def test_an_optimum_at_an_edge_is_said_to_be_one():
-    assert optimum({1e-3: 0.5, 1e-2: 0.9, 1e-1: 0.2}).edge == ""
-    assert optimum({1e-3: 0.5, 1e-2: 0.9}).edge == "highest"
-    assert optimum({1e-2: 0.5, 1e-3: 0.9}).edge == "lowest"
-    assert optimum({1e-2: 0.5}).edge == "only"
-    assert optimum({1e-1: 0.9, 1e-2: 0.9, 1e-3: 0.5}).at == 1e-2
-
-
 @pytest.mark.parametrize(
     "call",
     [
@@ -123,51 +101,12 @@ def test_an_optimum_at_an_edge_is_said_to_be_one():
         lambda: difference([1.0], [1.0, 2.0]),
         lambda: difference([1.0, 2.0, 3.0], [1.0, 2.0], paired=True),
         lambda: difference([1.0, float("inf")], [1.0, 2.0]),
-        lambda: differences_from([1.0, 2.0], {"a": [1.0]}),
         lambda: bootstrap_interval([1.0]),
         lambda: accuracy_interval([]),
         lambda: accuracy_interval([True, False], groups="aa"),
         lambda: accuracy_interval([True, False], groups="abc"),
-        lambda: optimum({}),
-        lambda: optimum({1.0: float("nan")}),
     ],
 )
 def test_what_cannot_be_computed_is_refused(call):
     with pytest.raises(ValueError, match="expected"):
         call()
-
-
-def test_tuning_leaves_out_the_seed_that_it_is_scored_on():
-    arm = tuned({1e-3: [0.5, 0.6, 0.7], 1e-2: [0.9, 0.4, 0.5]})
-    assert arm.chosen == [1e-3, 1e-2, 1e-2]  # by the means of the other two: 0.65 > 0.45, 0.6 < 0.7, 0.55 < 0.65
-    assert arm.values == [0.5, 0.4, 0.5]
-    assert (arm.best.at, arm.best.value, arm.best.edge) == (1e-3, pytest.approx(0.6), "lowest")
-    assert arm.interval == mean_interval(arm.values)
-    assert tuned({1e-3: [0.1, 0.2]}).values == [0.1, 0.2]
-    for bad in ({}, {1e-3: [0.5]}, {1e-3: [0.5, 0.6], 1e-2: [0.5]}, {1e-3: [0.5, math.nan]}):
-        with pytest.raises(ValueError, match="expected finite values"):
-            tuned(bad)
-
-
-def test_a_tuned_value_has_no_luck_in_it():
-    """Twenty settings that are all worth 0: the best mean looks better, the tuned value does not."""
-    rng = np.random.default_rng(0)
-    arms = [tuned(dict(enumerate(rng.normal(size=(20, 5)).tolist()))) for _ in range(300)]
-    assert np.mean([arm.best.value for arm in arms]) > 0.7
-    assert abs(np.mean([arm.values for arm in arms])) < 0.07
-
-
-def test_tuned_arms_of_a_frame():
-    rows = [
-        {"rank": rank, "lr": lr, "seed": seed, "correct": rank * lr + seed / 100}
-        for rank in (4, 1)
-        for lr in (0.1, 0.01)
-        for seed in (1, 0, 2)
-    ]
-    arms = tuned_arms(pd.DataFrame(rows), "rank", "correct")
-    assert list(arms) == [4, 1]
-    assert arms[1].values == pytest.approx([0.1, 0.11, 0.12])
-    assert (arms[4].best.at, arms[4].best.edge) == (0.1, "highest")
-    for bad in (rows[1:], [*rows, rows[0]], [rows[0] | {"correct": math.nan}, *rows[1:]]):
-        with pytest.raises(ValueError, match="for rank 4"):
-            tuned_arms(pd.DataFrame(bad), "rank", "correct")

@@ -130,8 +130,6 @@ CALLS = {
     "arms without seeds": lambda: verdicts.compare([0.1, 0.2], [0.2, 0.3]),
     "arms without names": lambda: verdicts.compare_all([{0: 0.1, 1: 0.2}], {0: 0.1, 1: 0.3}),
     "a share of half a question": lambda: stats.share_interval([0.1, 0.2], 0.5),
-    "no arms": lambda: stats.differences_from([1.0, 2.0], {}),
-    "an optimum of a list": lambda: stats.optimum([1.0]),
 }
 
 
