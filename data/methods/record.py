@@ -342,9 +342,10 @@ def print_memory(method):
 
 
 def table():
-    """LoRA and what is near to it at rank 16, and some rates that are further off."""
-    for method, further in WIDE.items():
+    """All methods at rank 16, or as near to its size as they can be, and for some of them rates that are further off."""
+    for method in METHODS:
         facts(method, RANK, 80, SEEDS)
+    for method, further in WIDE.items():
         how = {"method": method, "rank": RANK if METHODS[method].ranked else 0, "steps": 80, "seed": SEEDS} | TINY
         sweep(fact_runs, how | {"lr": [rate(k) for k in further]}, HERE / "facts", **HOW)
 

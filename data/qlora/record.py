@@ -39,7 +39,7 @@ FACTS = [
     *({"base": "noise", "noise_seed": seed} | ON_FACTS | {"seed": seed} for seed in range(10)),
 ]
 ON_SQL = {"model": "smollm2", "task": "sql", "version": 2, "rank": 16, "alpha": 128, "batch_size": 8, "steps": 12}
-ON_SQL |= {"lr": 2e-3, "n": 96, "test": [["validation", "tables"]], "tested": 48}
+ON_SQL |= {"lr": [2e-3, 1e-3, 4e-3, 5e-4], "n": 96, "test": [["validation", "tables"]], "tested": 48}
 SQL = {"seed": list(range(5)), "base": ["float32", "NF4"]} | ON_SQL
 
 LORA = {"model": "smollm2", "rank": 16, "alpha": 32}
