@@ -102,6 +102,10 @@ METHODS = {
     "prompt tuning": Method(peft.PromptTuningConfig, prompt, 5),
 }
 WIDE = {name: (1, 3) for name in ("LoRA", "Gaussian", "PiSSA", "OLoRA")}  # octaves of further rates
+AGAIN = {  # rank, steps -> methods whose runs are also made with these
+    (4, 80): ("LoRA", "rsLoRA", "DoRA", "MiSS"),
+    (RANK, 160): ("LoRA", "full", "rsLoRA", "DoRA", "MiSS"),
+}
 WIDE |= {"full": (0, 2), "rsLoRA": (0, 2), "DoRA": (1, 3), "DoRA, slow m": (1, 3.5, 4), "LoRA+": (-1, 1)}
 COSTLY = [name for name in METHODS if name not in ("full", "DoRA, slow m", "Gaussian")]  # others cost as one of these
 
@@ -342,9 +346,12 @@ def print_memory(method):
 
 
 def table():
-    """All methods at rank 16, or as near to its size as they can be, and for some of them rates that are further off."""
+    """All methods at rank 16 or near its size, some at rank 4 or with more steps, and some rates that are further off."""
     for method in METHODS:
         facts(method, RANK, 80, SEEDS)
+    for (rank, steps), methods in AGAIN.items():
+        for method in methods:
+            facts(method, rank, steps, SEEDS)
     for method, further in WIDE.items():
         how = {"method": method, "rank": RANK if METHODS[method].ranked else 0, "steps": 80, "seed": SEEDS} | TINY
         sweep(fact_runs, how | {"lr": [rate(k) for k in further]}, HERE / "facts", **HOW)
