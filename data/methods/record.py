@@ -346,7 +346,7 @@ def print_memory(method):
 
 
 def table():
-    """All methods at rank 16 or near its size, some at rank 4 or with more steps, and some rates that are further off."""
+    """All methods at rank 16 or near its size, some at rank 4 or with more steps, and some rates further off."""
     for method in METHODS:
         facts(method, RANK, 80, SEEDS)
     for (rank, steps), methods in AGAIN.items():
