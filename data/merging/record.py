@@ -35,7 +35,7 @@ RATES = [
     {"skill": "sql", "lr": [2e-3, 4e-3, 8e-3], "seed": 0} | HOW,
     {"skill": "records", "lr": [2e-3, 4e-3, 8e-3], "seed": 0} | HOW,
 ]
-SEEDS = [0, 1]  # of the skills
+SEEDS = [0, 1, 2, 3, 4]  # of the skills
 ROUTES = ["unmerged", "float32", "bfloat16", "float32, then NF4", "NF4", "NF4, then float32", "NF4, then NF4"]
 OF_ROUTES = {"base": ["float32", "NF4"], "route": ROUTES, "lr": 2e-3, "seed": [0, 1, 2]} | HOW
 OF_ROUTES |= {"version": 1, "steps": 32}  # the first edition, at the rate that was best there
@@ -54,6 +54,7 @@ def skills_grid():
     methods = [
         {"method": ["sql alone", "records alone"], "density": 1.0, "weight": 1.0},
         {"method": "sum", "density": 1.0, "weight": [0.2, 0.3, 0.5, 0.8]},
+        {"method": "TIES", "density": 0.1, "weight": [0.5, 0.8]},
         {"method": "TIES", "density": 0.2, "weight": [0.3, 0.5, 0.8]},
         {"method": "TIES", "density": 0.5, "weight": 0.5},
         {"method": "TIES", "density": 1.0, "weight": [0.3, 0.5]},
