@@ -153,23 +153,23 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     taught = [task.encode(tokenizer, own) for task, own, _ in data]
     shared: dict[str, Any] = {name: getattr(chosen[0], name) for name in FOR_FIT}
     shared["show"] = False
+    together = [at for at, each in enumerate(chosen) if each.spec]
+    if len(together) < 2:
+        together = []
+    found: dict[int, dict[str, Any]] = {}
     specs = [spec for each in chosen if (spec := each.spec)]
-    if len(specs) == len(chosen) > 1:
-        found = []
-        for fitted, setting, (task, _, tests) in zip(
-            fit_many(model, taught, specs, **shared), chosen, data, strict=True
-        ):
-            if fitted.error:
-                raise FloatingPointError(fitted.error)
-            trainable = count(fitted.attach(model)).trainable
-            scores = _scores(model, tokenizer, task, tests, setting)
-            found.append(scores | _summary(fitted.history, trainable))
-            remove(model)
-        return found
-    return [
-        _one(setting, own, task, tests, shared)
-        for setting, own, (task, _, tests) in zip(chosen, taught, data, strict=True)
-    ]
+    fits = fit_many(model, [taught[at] for at in together], specs, **shared) if together else []
+    for at, fitted in zip(together, fits, strict=True):
+        if fitted.error:
+            raise FloatingPointError(fitted.error)
+        trainable = count(fitted.attach(model)).trainable
+        scores = _scores(model, tokenizer, data[at][0], data[at][2], chosen[at])
+        found[at] = scores | _summary(fitted.history, trainable)
+        remove(model)
+    for at, (setting, own, (task, _, tests)) in enumerate(zip(chosen, taught, data, strict=True)):
+        if at not in found:
+            found[at] = _one(setting, own, task, tests, shared)
+    return [found[at] for at in range(len(chosen))]
 
 
 def run(**setting: Any) -> dict[str, Any]:

@@ -185,12 +185,46 @@ def count_intruders(
     Raises:
         ValueError: k or epsilon is out of range.
     """
+    return _intruders(weight, delta, k, epsilon).shape[1]
+
+
+def lower_intruders(
+    weight: Float[Tensor, "d_out d_in"],
+    delta: Float[Tensor, "d_out d_in"],
+    share: float = 0.75,
+    k: int = 10,
+    epsilon: float = 0.5,
+) -> Float[Tensor, "d_out d_in"]:
+    """An update whose intruder dimensions have `share` of their singular values: `dW - (1 - share) U U' (W + dW)`.
+
+    U holds the intruders that `count_intruders` counts. Source: as there, section 6, where the share is lambda.
+
+    Args:
+        weight: W.
+        delta: dW.
+        share: what remains of each singular value; 1 changes nothing, 0 takes the dimensions away.
+        k, epsilon: as for `count_intruders`.
+
+    Returns:
+        the new update, in dW's dtype.
+
+    Raises:
+        ValueError: share is not in [0, 1], or k or epsilon is out of range.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"expected share in [0, 1], got {share}")
+    U = _intruders(weight, delta, k, epsilon)
+    return (delta.double() - (1 - share) * U @ (U.T @ (weight.double() + delta.double()))).to(delta.dtype)
+
+
+def _intruders(weight: Tensor, delta: Tensor, k: int, epsilon: float) -> Float[Tensor, "d_out n"]:
+    """Those of the first k left singular vectors of W + dW that are like none of W's, float64."""
     if k < 1 or not 0 < epsilon <= 1:
         raise ValueError(f"expected k >= 1 and epsilon in (0, 1], got {k} and {epsilon}")
     W = weight.detach().double()
     before, after = _left_singular(W), _left_singular(W + delta.detach().double())[:, :k]
     cosines = (after.T @ before).abs()  # (k, n)
-    return int((cosines >= epsilon).any(1).logical_not().sum())
+    return after[:, ~(cosines >= epsilon).any(1)]
 
 
 def _left_singular(matrix: Tensor) -> Tensor:

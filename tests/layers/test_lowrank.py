@@ -4,11 +4,13 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from helpers.studies import load_study
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 from torch import nn
 
@@ -371,3 +373,38 @@ def test_an_intruder_is_like_no_singular_vector_of_the_weight(d_out, d_in):
     for k, epsilon in ((0, 0.5), (10, 0.0), (10, 1.5)):
         with pytest.raises(ValueError, match="expected k >= 1 and epsilon"):
             lowrank.count_intruders(W, W, k, epsilon)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(40, 30), (30, 40)])
+def test_an_intruder_that_is_lowered_keeps_its_share_and_leaves_the_rest(d_out, d_in):
+    torch.manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(d_out, d_in).double(), full_matrices=False)
+    W = U @ torch.diag(1.5 ** -torch.arange(30.0).double()) @ V
+    delta = 50 * U.sum(1, keepdim=True) / 30**0.5 @ V[3:4] + 0.01 * U[:, :1] @ V[:1]
+    left, values, right = torch.linalg.svd(W + delta, full_matrices=False)
+    lowered = values.clone()
+    lowered[0] *= 0.6
+    wanted = left @ torch.diag(lowered) @ right - W
+    assert lowrank.count_intruders(W, delta, k=1) == 1
+    torch.testing.assert_close(lowrank.lower_intruders(W, delta, 0.6, k=1), wanted)
+    torch.testing.assert_close(lowrank.lower_intruders(W, delta, 1.0, k=1), delta)
+    plain = 3 * U[:, :1] @ V[:1]  # one of W's own
+    torch.testing.assert_close(lowrank.lower_intruders(W, plain), plain)
+    assert lowrank.lower_intruders(W.float(), delta.float(), k=1).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"expected share in \[0, 1\], got 1.5"):
+        lowrank.lower_intruders(W, delta, 1.5)
+
+
+def test_intruders_are_lowered_as_peft_does_before_it_cuts_to_the_rank():
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(30, 40, bias=False)), peft.LoraConfig(r=8, target_modules=["0"])
+    )
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight, std=3)
+    W, delta = layer.get_base_layer().weight.detach(), layer.get_delta_weight("default").detach()
+    found = lowrank.lower_intruders(W, delta, 0.75)
+    reduce_intruder_dimension(model, mitigation_lambda=0.75, logging_sink=None)
+    U, S, V = lowrank.truncated_svd(found, 8)
+    torch.testing.assert_close(layer.get_delta_weight("intruder_reduced"), U @ torch.diag(S) @ V, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, delta, atol=0.1)

@@ -1,0 +1,211 @@
+"""LoRA beside full fine-tuning: what is forgotten while something new is learnt, how much fits in, which batches work.
+
+    python data/against_full/record.py [study ...]      all studies, about two hours of a core, or some of `STUDIES`
+    python data/against_full/record.py words            the base's own words, drawn once more
+
+Lesson 08 reads the records in these folders. A second start makes only those that are missing; several may share it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from torch import nn
+
+import lorakit
+from lorakit._atomic import write_atomically
+from lorakit._random import seeded
+from lorakit.experiments.ablation import runs
+from lorakit.experiments.sweep import sweep
+from lorakit.layers.lowrank import count_intruders, lower_intruders
+from lorakit.tasks.facts import encoded, facts, known_facts
+from lorakit.tasks.sql.task import generate
+from lorakit.training.batch import IGNORE, Example
+from lorakit.training.evaluate import teacher_forced
+
+FOLDER = Path(__file__).parent
+WORDS = FOLDER / "own_words.jsonl"
+FACTS = {"model": "tiny", "n": 48, "steps": 300, "batch_size": 16}
+SQL = {"model": "smollm2", "n": 280, "steps": 35, "batch_size": 8}  # each question is seen once
+FULL = [2.5e-4, 5e-4, 1e-3, 1.25e-4, 2e-3, 6.25e-5]  # rates of what is trained in full
+LORA = [1e-3, 2e-3, 4e-3, 5e-4, 8e-3, 2.5e-4]
+ARMS = [
+    {"arm": "full", "lr": FULL},
+    {"arm": "LoRA", "rank": 16, "lr": LORA},
+    {"arm": "LoRA", "rank": 1, "lr": LORA},
+    {"arm": "LoRA", "rank": 64, "lr": LORA},
+    {"arm": "full, linear layers", "lr": FULL},
+    {"arm": "DoRA", "rank": 16, "lr": LORA},
+    {"arm": "last block", "lr": FULL},
+    {"arm": "LoRA", "rank": 4, "lr": LORA},
+]
+SQL_ARMS = [
+    {"arm": "full", "lr": [4e-4, 8e-4, 2e-4]},
+    {"arm": "LoRA", "rank": 16, "lr": [4e-3, 2e-3, 8e-3]},
+    {"arm": "LoRA", "rank": 1, "lr": [4e-3, 8e-3, 2e-3]},
+    {"arm": "LoRA", "rank": 64, "lr": [2e-3, 4e-3, 1e-3]},
+]
+FORGETTING = [FACTS | arm | {"seed": seed} for seed in range(5) for arm in ARMS]
+FORGETTING_SQL = [SQL | arm | {"seed": seed} for seed in range(3) for arm in SQL_ARMS]
+ON_FACTS = {"task": "facts", "alpha": 128, "lr": [5e-4, 1e-3, 2e-3, 2.5e-4]}
+CAPACITY = [  # data/ablations has 192 facts
+    {"n": n, "steps": steps, "batch_size": 16, "rank": [0, 1, 16, 64], "seed": seed} | ON_FACTS
+    for seed in range(5)
+    for n, steps in ((384, 300), (384, 600), (96, 300))
+]
+BATCHES = [  # data/ablations has batches of 16
+    {"n": 192, "steps": 4800 // size, "batch_size": size, "rank": [0, 1, 8, 64], "seed": seed} | ON_FACTS
+    for seed in range(5)
+    for size in (4, 64)
+]
+BATCHES += [each | {"lr": 4e-3} for each in BATCHES if each["batch_size"] == 64]
+ALPHA = 32
+LOOKS = {"tiny": 30, "smollm2": 5}  # at what is known, evenly over the steps
+QUESTIONS = (
+    "What is the capital of Italy?",
+    "Why does the sky look blue?",
+    "How do I boil an egg?",
+    "Name three uses of a paper clip.",
+    "Explain what a prime number is.",
+    "Write two sentences about autumn.",
+    "What should I pack for a day by the sea?",
+    "How does a bicycle stay upright?",
+    "Give me a tip for falling asleep.",
+    "What is photosynthesis?",
+    "Tell me about the Moon.",
+    "Why is bread soft?",
+    "How can I learn a new language?",
+    "What does a librarian do?",
+    "Describe a cat to somebody who has never seen one.",
+    "What is the difference between weather and climate?",
+    "Write a short letter that thanks a neighbour.",
+    "How many days does a week have, and what are they called?",
+    "What is a computer program?",
+    "Suggest a name for a small dog.",
+    "Why do we have leap years?",
+    "How is paper made?",
+    "What makes a good friend?",
+    "Tell me a story about a lighthouse in three sentences.",
+    "What is gravity?",
+    "How do I keep houseplants alive?",
+    "What was invented first, the wheel or the clock?",
+    "Explain what a budget is.",
+    "Which animals live in the desert?",
+    "How does a vaccine work?",
+    "What can I cook with potatoes and onions?",
+    "Why do leaves change their colour?",
+)
+SHARE = 0.75  # of an intruder's singular value that is left after lowering
+SPLITS = ("validation", "tables")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def prepare(model: nn.Module, arm: str, rank: int, seed: int) -> None:
+    """Makes the model trainable as the arm is."""
+    if rank:
+        with seeded(seed):
+            lorakit.inject(model, rank, ALPHA, layer=lorakit.DoRALinear if arm == "DoRA" else lorakit.LoRALinear)
+        return
+    last = f"layers.{model.config.num_hidden_layers - 1}."
+    for name, parameter in model.named_parameters():
+        linear = name.split(".")[-2] in LINEAR
+        chosen = {"full": True, "full, linear layers": linear, "last block": linear and last in name}
+        parameter.requires_grad_(chosen[arm])
+
+
+def scores(model: nn.Module, examples: list[Example]) -> tuple[float, float]:
+    """The share of completions that are exact, and the loss in nats per token."""
+    found = teacher_forced(model, examples, batch_size=256, show=False)
+    tokens = sum(label != IGNORE for example in examples for label in example.labels)
+    return sum(exact for exact, _ in found) / len(found), sum(nats for _, nats in found) / tokens
+
+
+def data(model: str, tokenizer: Any, n: int, seed: int) -> tuple[list[Example], dict[str, list[Example]]]:
+    """What is taught, and what is looked at: of the new what chooses and what is reported, and the old."""
+    if model == "tiny":
+        new = encoded(tokenizer, facts(n, seed))
+        return new, {"new": new, "known": encoded(tokenizer, known_facts())}
+    texts = [json.loads(line) for line in WORDS.read_text(encoding="utf-8").splitlines()]
+    looked = {split: lorakit.SQL.encode(tokenizer, lorakit.load_sql(split, version=2)[:64]) for split in SPLITS}
+    looked["known"] = [lorakit.encode(tokenizer, **text) for text in texts]
+    return lorakit.SQL.encode(tokenizer, generate("train", n, seed, version=2)), looked
+
+
+def run(
+    arm: str, lr: float, seed: int, model: str, n: int, steps: int, batch_size: int, rank: int = 0
+) -> dict[str, Any]:
+    """One training, what is known along it, and the intruder dimensions at its end, lowered as well."""
+    base, tokenizer = lorakit.load_model(model)
+    before = {name: p.detach().clone() for name, p in base.named_parameters() if name.split(".")[-2] in LINEAR}
+    taught, looked = data(model, tokenizer, n, seed)
+    found: dict[str, Any] = {"step": []}
+
+    def look(step: int, prefix: str = "") -> None:
+        for name, examples in looked.items():
+            for key, value in zip((prefix + name, f"{prefix}{name}_nats"), scores(base, examples), strict=True):
+                found.setdefault(key, []).append(round(value, 5))
+        if not prefix:
+            found["step"].append(step)
+
+    every = steps // LOOKS[model]
+    look(0)
+    prepare(base, arm, rank, seed)
+    trained = lorakit.count(base).trainable
+    lorakit.fit(
+        base, taught, steps=steps, batch_size=batch_size, lr=lr, seed=seed, show=False,
+        after_step=lambda step: look(step.number) if step.number % every == 0 else None,
+    )  # fmt: skip
+    if rank:
+        lorakit.merge(base)
+    with torch.no_grad():
+        changes = {name: base.get_parameter(name).detach() - weight for name, weight in before.items()}
+        moved, size = (sum(t.square().sum().item() for t in each.values()) for each in (changes, before))
+        found |= {"trained": trained, "moved": round((moved / size) ** 0.5, 6), "layers": len(before)}
+        found["intruders"] = sum(count_intruders(weight, changes[name]) for name, weight in before.items())
+        for name, weight in before.items():
+            base.get_parameter(name).copy_(weight + lower_intruders(weight, changes[name], SHARE))
+    look(steps, "lowered_")
+    return found
+
+
+def own_words() -> None:
+    """What the base itself says to everyday questions, drawn at temperature 0.7: texts that it predicts well."""
+    base, tokenizer = lorakit.load_model("smollm2")
+    lines = []
+    torch.manual_seed(0)
+    for question in QUESTIONS:
+        turns = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            out = base.generate(**ids, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=48)
+        completion = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+        lines.append(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False))
+    write_atomically({WORDS: ("\n".join(lines) + "\n").encode()})
+
+
+STUDIES = {  # function, grid, what may differ among runs that are made together
+    "forgetting": (run, FORGETTING, ()),
+    "forgetting_sql": (run, FORGETTING_SQL, ()),
+    "capacity": (runs, CAPACITY, ("rank", "lr")),
+    "batches": (runs, BATCHES, ("rank", "lr")),
+}
+
+
+def main(*names: str) -> None:
+    for name in names or STUDIES:
+        if name == "words":
+            own_words()
+            continue
+        function, grid, together = STUDIES[name]
+        command = f"python data/against_full/record.py {name}"
+        sweep(function, grid, FOLDER / name, together=together, command=command)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
