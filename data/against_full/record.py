@@ -8,6 +8,7 @@ Lesson 08 reads the records in these folders. A second start makes only those th
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lorakit.training.evaluate import teacher_forced
 FOLDER = Path(__file__).parent
 WORDS = FOLDER / "own_words.jsonl"
 FACTS = {"model": "tiny", "n": 48, "steps": 300, "batch_size": 16}
-SQL = {"model": "smollm2", "n": 280, "steps": 35, "batch_size": 8}  # each question is seen once
+SQL = {"model": "smollm2", "n": 192, "steps": 24, "batch_size": 8}  # each question is seen once
 FULL = [2.5e-4, 5e-4, 1e-3, 1.25e-4, 2e-3, 6.25e-5]  # rates of what is trained in full
 LORA = [1e-3, 2e-3, 4e-3, 5e-4, 8e-3, 2.5e-4]
 ARMS = [
@@ -42,30 +43,31 @@ ARMS = [
     {"arm": "full, linear layers", "lr": FULL},
     {"arm": "DoRA", "rank": 16, "lr": LORA},
     {"arm": "last block", "lr": FULL},
+    {"arm": "LoRA", "rank": 16, "alpha": 512, "lr": [2.5e-4, 5e-4, 1e-3, 1.25e-4]},
     {"arm": "LoRA", "rank": 4, "lr": LORA},
 ]
 SQL_ARMS = [
-    {"arm": "full", "lr": [4e-4, 8e-4, 2e-4]},
-    {"arm": "LoRA", "rank": 16, "lr": [4e-3, 2e-3, 8e-3]},
-    {"arm": "LoRA", "rank": 1, "lr": [4e-3, 8e-3, 2e-3]},
-    {"arm": "LoRA", "rank": 64, "lr": [2e-3, 4e-3, 1e-3]},
+    {"arm": "full", "lr": [4e-4, 8e-4]},
+    {"arm": "LoRA", "rank": 16, "lr": [4e-3, 2e-3]},
+    {"arm": "LoRA, shuffled answers", "rank": 16, "lr": 4e-3},  # a control: nothing can be learnt
 ]
 FORGETTING = [FACTS | arm | {"seed": seed} for seed in range(5) for arm in ARMS]
 FORGETTING_SQL = [SQL | arm | {"seed": seed} for seed in range(3) for arm in SQL_ARMS]
-ON_FACTS = {"task": "facts", "alpha": 128, "lr": [5e-4, 1e-3, 2e-3, 2.5e-4]}
-CAPACITY = [  # data/ablations has 192 facts
-    {"n": n, "steps": steps, "batch_size": 16, "rank": [0, 1, 16, 64], "seed": seed} | ON_FACTS
+ON_FACTS = {"task": "facts", "lr": [5e-4, 1e-3, 2e-3]}
+CAPACITY = [  # data/ablations has fewer facts
+    {"n": 384, "steps": steps, "batch_size": 16, "alpha": 128, "rank": rank, "seed": seed} | ON_FACTS
     for seed in range(5)
-    for n, steps in ((384, 300), (384, 600), (96, 300))
+    for steps in (300, 600)
+    for rank in (0, 16, 64, 1)
 ]
+CAPACITY += [each | {"lr": 4e-3} for each in CAPACITY if not each["rank"]]
 BATCHES = [  # data/ablations has batches of 16
-    {"n": 192, "steps": 4800 // size, "batch_size": size, "rank": [0, 1, 8, 64], "seed": seed} | ON_FACTS
+    {"n": 192, "steps": 4800 // size, "batch_size": size, "alpha": 128, "rank": [0, 8, 64], "seed": seed} | ON_FACTS
     for seed in range(5)
-    for size in (4, 64)
+    for size in (64, 4)
 ]
-BATCHES += [each | {"lr": 4e-3} for each in BATCHES if each["batch_size"] == 64]
-ALPHA = 32
-LOOKS = {"tiny": 30, "smollm2": 5}  # at what is known, evenly over the steps
+BATCHES += [each | {"lr": 4e-3 if each["batch_size"] == 64 else 2.5e-4} for each in BATCHES]
+LOOKS = {"tiny": 30, "smollm2": 3}  # at what is known, evenly over the steps
 QUESTIONS = (
     "What is the capital of Italy?",
     "Why does the sky look blue?",
@@ -101,15 +103,15 @@ QUESTIONS = (
     "Why do leaves change their colour?",
 )
 SHARE = 0.75  # of an intruder's singular value that is left after lowering
-SPLITS = ("validation", "tables")
+SPLITS, LOOKED = ("validation", "tables"), 40  # of the SQL questions, and how many of each
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def prepare(model: nn.Module, arm: str, rank: int, seed: int) -> None:
+def prepare(model: nn.Module, arm: str, rank: int, alpha: int, seed: int) -> None:
     """Makes the model trainable as the arm is."""
     if rank:
         with seeded(seed):
-            lorakit.inject(model, rank, ALPHA, layer=lorakit.DoRALinear if arm == "DoRA" else lorakit.LoRALinear)
+            lorakit.inject(model, rank, alpha, layer=lorakit.DoRALinear if arm == "DoRA" else lorakit.LoRALinear)
         return
     last = f"layers.{model.config.num_hidden_layers - 1}."
     for name, parameter in model.named_parameters():
@@ -125,24 +127,29 @@ def scores(model: nn.Module, examples: list[Example]) -> tuple[float, float]:
     return sum(exact for exact, _ in found) / len(found), sum(nats for _, nats in found) / tokens
 
 
-def data(model: str, tokenizer: Any, n: int, seed: int) -> tuple[list[Example], dict[str, list[Example]]]:
+def data(
+    model: str, tokenizer: Any, n: int, seed: int, shuffled: bool
+) -> tuple[list[Example], dict[str, list[Example]]]:
     """What is taught, and what is looked at: of the new what chooses and what is reported, and the old."""
     if model == "tiny":
         new = encoded(tokenizer, facts(n, seed))
         return new, {"new": new, "known": encoded(tokenizer, known_facts())}
     texts = [json.loads(line) for line in WORDS.read_text(encoding="utf-8").splitlines()]
-    looked = {split: lorakit.SQL.encode(tokenizer, lorakit.load_sql(split, version=2)[:64]) for split in SPLITS}
+    looked = {split: lorakit.SQL.encode(tokenizer, lorakit.load_sql(split, version=2)[:LOOKED]) for split in SPLITS}
     looked["known"] = [lorakit.encode(tokenizer, **text) for text in texts]
-    return lorakit.SQL.encode(tokenizer, generate("train", n, seed, version=2)), looked
+    items = generate("train", n, seed, version=2)
+    answers = random.Random(seed).sample(items, n) if shuffled else items
+    pairs = zip(items, answers, strict=True)
+    return [lorakit.encode(tokenizer, item.prompt, answer.completion) for item, answer in pairs], looked
 
 
 def run(
-    arm: str, lr: float, seed: int, model: str, n: int, steps: int, batch_size: int, rank: int = 0
+    arm: str, lr: float, seed: int, model: str, n: int, steps: int, batch_size: int, rank: int = 0, alpha: int = 32
 ) -> dict[str, Any]:
     """One training, what is known along it, and the intruder dimensions at its end, lowered as well."""
     base, tokenizer = lorakit.load_model(model)
     before = {name: p.detach().clone() for name, p in base.named_parameters() if name.split(".")[-2] in LINEAR}
-    taught, looked = data(model, tokenizer, n, seed)
+    taught, looked = data(model, tokenizer, n, seed, "shuffled" in arm)
     found: dict[str, Any] = {"step": []}
 
     def look(step: int, prefix: str = "") -> None:
@@ -153,8 +160,9 @@ def run(
             found["step"].append(step)
 
     every = steps // LOOKS[model]
-    look(0)
-    prepare(base, arm, rank, seed)
+    if model == "tiny":
+        look(0)
+    prepare(base, arm, rank, alpha, seed)
     trained = lorakit.count(base).trainable
     lorakit.fit(
         base, taught, steps=steps, batch_size=batch_size, lr=lr, seed=seed, show=False,
@@ -167,9 +175,10 @@ def run(
         moved, size = (sum(t.square().sum().item() for t in each.values()) for each in (changes, before))
         found |= {"trained": trained, "moved": round((moved / size) ** 0.5, 6), "layers": len(before)}
         found["intruders"] = sum(count_intruders(weight, changes[name]) for name, weight in before.items())
-        for name, weight in before.items():
-            base.get_parameter(name).copy_(weight + lower_intruders(weight, changes[name], SHARE))
-    look(steps, "lowered_")
+        if model == "tiny":
+            for name, weight in before.items():
+                base.get_parameter(name).copy_(weight + lower_intruders(weight, changes[name], SHARE))
+            look(steps, "lowered_")
     return found
 
 

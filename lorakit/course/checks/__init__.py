@@ -66,12 +66,19 @@ from lorakit.course.checks.lesson_07_merging import (
     check_expected_share,
     check_swallowed,
 )
+from lorakit.course.checks.lesson_08_forgetting import (
+    check_at_equal_success,
+    check_intruders,
+    check_rate_ratio,
+    check_step_flops,
+)
 
 __all__ = [
     "CheckFailed",
     "check_accumulate",
     "check_add_adapters",
     "check_allocate",
+    "check_at_equal_success",
     "check_balance",
     "check_best_approximation",
     "check_best_weights",
@@ -91,6 +98,7 @@ __all__ = [
     "check_four_bits",
     "check_grow",
     "check_inject",
+    "check_intruders",
     "check_is_active",
     "check_largest_rank",
     "check_layer",
@@ -103,10 +111,12 @@ __all__ = [
     "check_portable",
     "check_rank_for_energy",
     "check_rank_table",
+    "check_rate_ratio",
     "check_recount",
     "check_round_trip",
     "check_seeds_needed",
     "check_step",
+    "check_step_flops",
     "check_storage",
     "check_swallowed",
     "check_swap",
