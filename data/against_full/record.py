@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,11 @@ ARMS = [
     {"arm": "LoRA", "rank": 4, "lr": LORA},
 ]
 SQL_ARMS = [
-    {"arm": "full", "lr": [4e-4, 8e-4]},
+    {"arm": "full", "lr": [4e-4, 2e-4, 8e-4]},
     {"arm": "LoRA", "rank": 16, "lr": [4e-3, 2e-3]},
     {"arm": "LoRA, shuffled answers", "rank": 16, "lr": 4e-3},  # a control: nothing can be learnt
 ]
+WEAKENED = [{"rank": rank, "lr": 1e-3, "seed": seed} | FACTS for seed in range(5) for rank in (1, 16, 64)]
 FORGETTING = [FACTS | arm | {"seed": seed} for seed in range(5) for arm in ARMS]
 FORGETTING_SQL = [SQL | arm | {"seed": seed} for seed in range(3) for arm in SQL_ARMS]
 ON_FACTS = {"task": "facts", "lr": [5e-4, 1e-3, 2e-3]}
@@ -103,6 +105,7 @@ QUESTIONS = (
     "Why do leaves change their colour?",
 )
 SHARE = 0.75  # of an intruder's singular value that is left after lowering
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.25, 0.0)
 SPLITS, LOOKED = ("validation", "tables"), 40  # of the SQL questions, and how many of each
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -182,6 +185,26 @@ def run(
     return found
 
 
+def weaken(rank: int, lr: float, seed: int, model: str, n: int, steps: int, batch_size: int) -> dict[str, Any]:
+    """LoRA, and what is known if its intruders are lowered to a share, or the whole update is shrunk to it."""
+    base, tokenizer = lorakit.load_model(model)
+    before = {name: base.get_submodule(name).weight.detach().clone() for name in lorakit.find_targets(base)}
+    taught, looked = data(model, tokenizer, n, seed, False)
+    prepare(base, "LoRA", rank, 32, seed)
+    lorakit.fit(base, taught, steps=steps, batch_size=batch_size, lr=lr, seed=seed, show=False)
+    lorakit.merge(base)
+    changes = {name: base.get_submodule(name).weight.detach() - weight for name, weight in before.items()}
+    ways = {"lowered": lower_intruders, "shrunk": lambda weight, change, share: share * change}
+    found: dict[str, list[list[float]]] = {way: [] for way in ways}
+    for way, share in product(ways, SHARES):
+        with torch.no_grad():
+            for name, weight in before.items():
+                base.get_submodule(name).weight.copy_(weight + ways[way](weight, changes[name], share))
+        (new, _), (_, nats) = (scores(base, looked[name]) for name in ("new", "known"))
+        found[way].append([share, round(new, 5), round(nats, 5)])
+    return found
+
+
 def own_words() -> None:
     """What the base itself says to everyday questions, drawn at temperature 0.7: texts that it predicts well."""
     base, tokenizer = lorakit.load_model("smollm2")
@@ -201,6 +224,7 @@ def own_words() -> None:
 STUDIES = {  # function, grid, what may differ among runs that are made together
     "forgetting": (run, FORGETTING, ()),
     "forgetting_sql": (run, FORGETTING_SQL, ()),
+    "weakened": (weaken, WEAKENED, ()),
     "capacity": (runs, CAPACITY, ("rank", "lr")),
     "batches": (runs, BATCHES, ("rank", "lr")),
 }

@@ -40,6 +40,7 @@ def test_a_study_is_complete_and_holds_nothing_else(folder, monkeypatch):
 
 def test_every_folder_of_records_belongs_to_a_study():
     assert {folder.name for folder in FOLDERS} == {
+        "against_full",
         "intrinsic",
         "lowrank",
         "merging",
