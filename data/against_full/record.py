@@ -45,6 +45,7 @@ ARMS = [
     {"arm": "DoRA", "rank": 16, "lr": LORA},
     {"arm": "last block", "lr": FULL},
     {"arm": "LoRA", "rank": 16, "alpha": 512, "lr": [2.5e-4, 5e-4, 1e-3, 1.25e-4]},
+    {"arm": "LoRA", "rank": 16, "alpha": 2048, "lr": [6.25e-5, 1.25e-4, 2.5e-4, 3.125e-5]},
     {"arm": "LoRA", "rank": 4, "lr": LORA},
 ]
 SQL_ARMS = [

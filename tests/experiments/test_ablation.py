@@ -35,6 +35,18 @@ def test_together_is_as_one_by_one():
     assert len({result["trainable"] for result in together}) == 3
 
 
+def test_what_cannot_be_made_together_is_made_beside_the_rest(monkeypatch):
+    calls = []
+    many = ablation.fit_many
+    monkeypatch.setattr(ablation, "fit_many", lambda *a, **k: calls.append(len(a[2])) or many(*a, **k))
+    settings = [SHORT | more for more in ({"rank": 0, "lr": 1e-3}, {}, {"dropout": 0.1}, {"rank": 2})]
+    found = ablation.runs(settings)
+    assert calls == [2]
+    assert [each["trainable"] for each in found] == [918144, 40960, 40960, 20480]
+    for place in (0, 2):
+        assert found[place] == ablation.run(**settings[place])
+
+
 def test_a_run_is_fit_and_its_scores_are_those_of_the_model():
     model, tokenizer = load_model("tiny")
     torch.manual_seed(1)
