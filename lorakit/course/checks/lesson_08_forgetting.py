@@ -99,9 +99,10 @@ def check_rate_ratio() -> Iterator[Case]:
     """Checks `rate_ratio(lora, full) -> ratio, inside`: of the best rates, and whether neither lies at an edge."""
     for sweeps in SWEEPS:
         runs = [[(lr, seed, loss) for lr, row in each.items() for seed, loss in enumerate(row)] for each in sweeps]
-        best = [min(each, key=lambda lr, each=each: fmean(each[lr])) for each in sweeps]
+        means = [{lr: fmean(losses) for lr, losses in each.items()} for each in sweeps]
+        best = [min(each, key=each.__getitem__) for each in means]
         lucky = [min(own, key=lambda run: run[2])[0] for own in runs]
-        worst = [max(each, key=lambda lr, each=each: fmean(each[lr])) for each in sweeps]
+        worst = [max(each, key=each.__getitem__) for each in means]
         within = [min(each) < lr < max(each) for each, lr in zip(sweeps, best, strict=True)]
         right, wrong = in_parts(
             (
