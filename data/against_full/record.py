@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lorakit
 from lorakit._atomic import write_atomically
@@ -27,8 +27,8 @@ from lorakit.experiments.sweep import sweep
 from lorakit.layers.lowrank import count_intruders, lower_intruders
 from lorakit.tasks.facts import encoded, facts, known_facts
 from lorakit.tasks.sql.task import generate
-from lorakit.training.batch import IGNORE, Example
-from lorakit.training.evaluate import teacher_forced
+from lorakit.training.batch import Example
+from lorakit.training.evaluate import share_and_nats
 
 FOLDER = Path(__file__).parent
 WORDS = FOLDER / "own_words.jsonl"
@@ -108,7 +108,6 @@ QUESTIONS = (
 SHARE = 0.75  # of an intruder's singular value that is left after lowering
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.25, 0.0)
 SPLITS, LOOKED = ("validation", "tables"), 40  # of the SQL questions, and how many of each
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def prepare(model: nn.Module, arm: str, rank: int, alpha: int, seed: int) -> None:
@@ -117,18 +116,28 @@ def prepare(model: nn.Module, arm: str, rank: int, alpha: int, seed: int) -> Non
         with seeded(seed):
             lorakit.inject(model, rank, alpha, layer=lorakit.DoRALinear if arm == "DoRA" else lorakit.LoRALinear)
         return
-    last = f"layers.{model.config.num_hidden_layers - 1}."
+    linear, last = weights(model), f"layers.{model.config.num_hidden_layers - 1}."
     for name, parameter in model.named_parameters():
-        linear = name.split(".")[-2] in LINEAR
-        chosen = {"full": True, "full, linear layers": linear, "last block": linear and last in name}
+        chosen = {"full": True, "full, linear layers": name in linear, "last block": name in linear and last in name}
         parameter.requires_grad_(chosen[arm])
 
 
-def scores(model: nn.Module, examples: list[Example]) -> tuple[float, float]:
-    """The share of completions that are exact, and the loss in nats per token."""
-    found = teacher_forced(model, examples, batch_size=256, show=False)
-    tokens = sum(label != IGNORE for example in examples for label in example.labels)
-    return sum(exact for exact, _ in found) / len(found), sum(nats for _, nats in found) / tokens
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights that LoRA reaches."""
+    names = [f"{name}.weight" for name in lorakit.find_targets(model)]
+    return {name: model.get_parameter(name).detach().clone() for name in names}
+
+
+@torch.no_grad()
+def put(model: nn.Module, before: dict[str, Tensor], changes: dict[str, Tensor]) -> None:
+    """Makes the weights what they were before, plus these changes."""
+    for name, weight in before.items():
+        model.get_parameter(name).copy_(weight + changes[name])
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By how much the weights differ from those before."""
+    return {name: model.get_parameter(name).detach() - weight for name, weight in before.items()}
 
 
 def data(
@@ -152,13 +161,14 @@ def run(
 ) -> dict[str, Any]:
     """One training, what is known along it, and the intruder dimensions at its end, lowered as well."""
     base, tokenizer = lorakit.load_model(model)
-    before = {name: p.detach().clone() for name, p in base.named_parameters() if name.split(".")[-2] in LINEAR}
+    before = weights(base)
     taught, looked = data(model, tokenizer, n, seed, "shuffled" in arm)
     found: dict[str, Any] = {"step": []}
 
     def look(step: int, prefix: str = "") -> None:
         for name, examples in looked.items():
-            for key, value in zip((prefix + name, f"{prefix}{name}_nats"), scores(base, examples), strict=True):
+            both = share_and_nats(base, examples, batch_size=256, show=False)
+            for key, value in zip((prefix + name, f"{prefix}{name}_nats"), both, strict=True):
                 found.setdefault(key, []).append(round(value, 5))
         if not prefix:
             found["step"].append(step)
@@ -174,34 +184,32 @@ def run(
     )  # fmt: skip
     if rank:
         lorakit.merge(base)
-    with torch.no_grad():
-        changes = {name: base.get_parameter(name).detach() - weight for name, weight in before.items()}
-        moved, size = (sum(t.square().sum().item() for t in each.values()) for each in (changes, before))
-        found |= {"trained": trained, "moved": round((moved / size) ** 0.5, 6), "layers": len(before)}
-        found["intruders"] = sum(count_intruders(weight, changes[name]) for name, weight in before.items())
-        if model == "tiny":
-            for name, weight in before.items():
-                base.get_parameter(name).copy_(weight + lower_intruders(weight, changes[name], SHARE))
-            look(steps, "lowered_")
+    changes = changed(base, before)
+    moved, size = (sum(t.square().sum().item() for t in each.values()) for each in (changes, before))
+    found |= {"trained": trained, "moved": round((moved / size) ** 0.5, 6), "layers": len(before)}
+    found["intruders"] = sum(count_intruders(weight, changes[name]) for name, weight in before.items())
+    if model == "tiny":
+        put(base, before, {name: lower_intruders(weight, changes[name], SHARE) for name, weight in before.items()})
+        look(steps, "lowered_")
     return found
 
 
 def weaken(rank: int, lr: float, seed: int, model: str, n: int, steps: int, batch_size: int) -> dict[str, Any]:
     """LoRA, and what is known if its intruders are lowered to a share, or the whole update is shrunk to it."""
     base, tokenizer = lorakit.load_model(model)
-    before = {name: base.get_submodule(name).weight.detach().clone() for name in lorakit.find_targets(base)}
+    before = weights(base)
     taught, looked = data(model, tokenizer, n, seed, False)
     prepare(base, "LoRA", rank, 32, seed)
     lorakit.fit(base, taught, steps=steps, batch_size=batch_size, lr=lr, seed=seed, show=False)
     lorakit.merge(base)
-    changes = {name: base.get_submodule(name).weight.detach() - weight for name, weight in before.items()}
+    changes = changed(base, before)
     ways = {"lowered": lower_intruders, "shrunk": lambda weight, change, share: share * change}
     found: dict[str, list[list[float]]] = {way: [] for way in ways}
     for way, share in product(ways, SHARES):
-        with torch.no_grad():
-            for name, weight in before.items():
-                base.get_submodule(name).weight.copy_(weight + ways[way](weight, changes[name], share))
-        (new, _), (_, nats) = (scores(base, looked[name]) for name in ("new", "known"))
+        put(base, before, {name: ways[way](weight, changes[name], share) for name, weight in before.items()})
+        (new, _), (_, nats) = (
+            share_and_nats(base, looked[name], batch_size=256, show=False) for name in ("new", "known")
+        )
         found[way].append([share, round(new, 5), round(nats, 5)])
     return found
 

@@ -24,7 +24,7 @@ from lorakit.merging.updates import Update, read_updates
 from lorakit.tasks.extraction import messages
 from lorakit.tasks.sql.task import generate
 from lorakit.tasks.task import encoded
-from lorakit.training.evaluate import kl_divergence, log_probabilities, teacher_forced
+from lorakit.training.evaluate import kl_divergence, log_probabilities, share_and_nats
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE.parents[1] / "runs" / "merging"
@@ -109,10 +109,9 @@ def scored(how, splits, changes=None, weight=1.0, skills=SKILLS):
     for skill in skills:
         for split in splits:
             examples = encoded(tokenizer, items(skill, split, how, 0))
-            right, nats = zip(*teacher_forced(model, examples, show=False), strict=True)
-            tokens = sum(label != -100 for example in examples for label in example.labels)
+            share, nats = share_and_nats(model, examples, show=False)
             ending = f"{skill}_{split}"
-            found |= {ending: sum(right), f"nats_{ending}": round(sum(nats) / tokens, 5)}
+            found |= {ending: round(share * len(examples)), f"nats_{ending}": round(nats, 5)}
     return found
 
 

@@ -153,19 +153,17 @@ def runs(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     taught = [task.encode(tokenizer, own) for task, own, _ in data]
     shared: dict[str, Any] = {name: getattr(chosen[0], name) for name in FOR_FIT}
     shared["show"] = False
-    together = [at for at, each in enumerate(chosen) if each.spec]
-    if len(together) < 2:
-        together = []
     found: dict[int, dict[str, Any]] = {}
-    specs = [spec for each in chosen if (spec := each.spec)]
-    fits = fit_many(model, [taught[at] for at in together], specs, **shared) if together else []
-    for at, fitted in zip(together, fits, strict=True):
-        if fitted.error:
-            raise FloatingPointError(fitted.error)
-        trainable = count(fitted.attach(model)).trainable
-        scores = _scores(model, tokenizer, data[at][0], data[at][2], chosen[at])
-        found[at] = scores | _summary(fitted.history, trainable)
-        remove(model)
+    specs = {at: spec for at, each in enumerate(chosen) if (spec := each.spec)}
+    if len(specs) > 1:
+        fits = fit_many(model, [taught[at] for at in specs], list(specs.values()), **shared)
+        for at, fitted in zip(specs, fits, strict=True):
+            if fitted.error:
+                raise FloatingPointError(fitted.error)
+            trainable = count(fitted.attach(model)).trainable
+            scores = _scores(model, tokenizer, data[at][0], data[at][2], chosen[at])
+            found[at] = scores | _summary(fitted.history, trainable)
+            remove(model)
     for at, (setting, own, (task, _, tests)) in enumerate(zip(chosen, taught, data, strict=True)):
         if at not in found:
             found[at] = _one(setting, own, task, tests, shared)

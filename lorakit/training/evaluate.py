@@ -116,3 +116,20 @@ def teacher_forced(
     finally:
         model.train(was_training)
     return found
+
+
+def share_and_nats(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, accelerate: bool = True, show: bool = True
+) -> tuple[float, float]:
+    """The share of completions that are exact, in [0, 1], and the cross-entropy in nats per labelled token.
+
+    The arguments are those of `exact_match`.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not len(examples):
+        raise ValueError("expected at least one example, got none")
+    found = teacher_forced(model, examples, batch_size=batch_size, accelerate=accelerate, show=show)
+    labelled = sum(label != IGNORE for example in examples for label in example.labels[1:])
+    return sum(exact for exact, _ in found) / len(found), sum(nats for _, nats in found) / labelled

@@ -13,10 +13,10 @@ from lorakit.experiments.records import expand
 from lorakit.experiments.sweep import sweep
 from lorakit.models.inject import count, inject
 from lorakit.models.load import load_model
-from lorakit.tasks.facts import encoded, facts, recall
+from lorakit.tasks.facts import encoded, facts, known_facts, recall
 from lorakit.tasks.sql.task import sql_task
-from lorakit.training.batch import collate
-from lorakit.training.evaluate import exact_match, teacher_forced
+from lorakit.training.batch import IGNORE, Example, collate
+from lorakit.training.evaluate import exact_match, share_and_nats, teacher_forced
 from lorakit.training.fit import fit
 from lorakit.training.loss import completion_loss
 
@@ -240,3 +240,14 @@ def test_one_that_diverges_does_not_take_the_others_with_it(tmp_path):
     assert frame.error[1e-3] == ""
     assert "finite" in frame.error[1e30]
     assert math.isfinite(frame.loss[1e-3])
+
+
+def test_share_and_nats_are_over_all_labelled_tokens():
+    model, tokenizer = load_model("tiny")
+    texts = encoded(tokenizer, [*known_facts()[:6], *facts(3, 0)])
+    texts[0] = Example(texts[0].input_ids, [IGNORE, *texts[0].labels[1:-2], IGNORE, IGNORE])  # fewer tokens than others
+    share, nats = share_and_nats(model, texts, show=False)
+    assert share == sum(exact_match(model, texts, show=False)) / 9
+    assert nats == pytest.approx(completion_loss(model, collate(texts)).item(), rel=1e-4)
+    with pytest.raises(ValueError, match="at least one example"):
+        share_and_nats(model, [], show=False)
